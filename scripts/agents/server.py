@@ -30,6 +30,8 @@ path = "{model}"
 name = "local"
 n_ctx = {n_ctx}
 """
+# The metrics must be zero for so long: the process of the model reports what it writes a little later.
+_IDLE_SECONDS = 3.0
 _WAIT = 300.0  # seconds until a busy machine has started the server, or written its cache
 
 
@@ -82,7 +84,11 @@ class Server:
     def wait_until_written(self) -> None:
         """Wait until the cache has written all blocks, as it has long before a person's next message."""
         deadline = time.monotonic() + _WAIT
-        while any(self._metric("erllama_cache_pending_bytes")) or any(self._metric("vllm:num_requests_running")):
+        idle_since: float | None = None
+        while idle_since is None or time.monotonic() - idle_since < _IDLE_SECONDS:
+            names = ("vllm:num_requests_running", "erllama_cache_pending_bytes")
+            is_idle = not any(value for name in names for value in self._metric(name))
+            idle_since = (idle_since or time.monotonic()) if is_idle else None
             if time.monotonic() > deadline:
                 sys.exit(f"the cache wrote its blocks for more than {_WAIT:.0f} s")
             time.sleep(0.2)

@@ -119,7 +119,7 @@ class CodexConversation(AgentConversation):
             stream_cls=Stream[ResponseStreamEvent],
         ) as stream:
             response = check_response_events(list(stream))
-        self.items += [_sent_back(item.to_dict()) for item in response.output]
+        self.items += [item.to_dict() for item in response.output]
         usage = response.usage
         assert usage is not None
         return Reply(
@@ -130,12 +130,6 @@ class CodexConversation(AgentConversation):
             usage.input_tokens_details.cached_tokens,
             usage.output_tokens,
         )
-
-
-def _sent_back(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return an item of a reply as Codex sends it back: without id and status, and thinking as a summary alone."""
-    dropped = ("id", "status", "content") if item["type"] == "reasoning" else ("id", "status")
-    return {name: value for name, value in item.items() if name not in dropped}
 
 
 def check_response_events(events: Sequence[ResponseStreamEvent]) -> Response:
@@ -183,9 +177,7 @@ class OpenCodeConversation(AgentConversation):
 
     def send(self) -> Reply:
         reply = self._post({**self.requests["body"], "messages": self.items, "tools": self.tools})
-        message: dict[str, Any] = {"role": "assistant", "content": reply.text}
-        if reply.thinking:
-            message["reasoning_content"] = reply.thinking
+        message: dict[str, Any] = {"role": "assistant", "content": reply.text, "reasoning_content": reply.thinking}
         if reply.calls:
             message["tool_calls"] = [
                 {"id": id, "type": "function", "function": {"name": name, "arguments": _as_javascript(arguments)}}
