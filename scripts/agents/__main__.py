@@ -27,7 +27,7 @@ from scripts.agents.report import Conversation, print_table
 AGENTS: tuple[Agent, ...] = (Codex(), OpenCode())
 (_SMOLLM2,) = (model for model in real_models.MODELS if model.name == "smollm2")
 # Models, and the tokens of their contexts. The scripted model's tokens are shorter than those of a real one.
-MODELS = {"scripted": 65536, _SMOLLM2.name: 16384}
+MODELS = {"scripted": 65536, _SMOLLM2.name: 12288}
 
 
 def main() -> None:

@@ -92,9 +92,12 @@ def _unique_pieces(texts: Sequence[str]) -> list[list[str]]:
                 used.add(open_piece)
                 pieces.append(open_piece)
                 open_piece = ""
-        if open_piece:
-            pieces[-1] += open_piece
-            used.add(pieces[-1])
+        while open_piece and pieces:  # the rest of a text joins the piece before it
+            open_piece = pieces.pop() + open_piece
+            if open_piece not in used:
+                used.add(open_piece)
+                pieces.append(open_piece)
+                open_piece = ""
         split.append(pieces)
     return split
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -177,3 +178,20 @@ def test_keep_alive_comments_arrive_while_tool_text_is_withheld(
         client.close()
         backend.release()
         wait_until(lambda: model.queue_depth == 0)
+
+
+def test_a_quiet_response_repeats_an_event_and_numbers_all_events(
+    model: erllama.Model, backend: GatedBackend
+) -> None:
+    body = {"input": "hello", "stream": True, "max_output_tokens": 2}
+    with running(model, keep_alive_seconds=0.05) as server:
+        backend.hold()
+        client = server.send(body, "/v1/responses")
+        received = b""
+        while received.count(b"event: response.in_progress\n") < 3:  # the first one begins every stream
+            received += client.recv(65536)
+        backend.release()
+        received += read_until(client, b"\r\n0\r\n\r\n")
+        client.close()
+    numbers = [int(number) for number in re.findall(rb'"sequence_number":(\d+)', received)]
+    assert numbers == list(range(len(numbers)))
