@@ -1,4 +1,4 @@
-"""A conversation of an agent: three messages of the user, the last one after the server was killed and restarted."""
+"""A conversation of an agent: three messages of the user, the last one after the server was killed."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 from erllama.testing.scripted import END, write_scripted
 
-# Common texts of prompts, so that a prompt has fewer tokens than bytes.
-_WORDS = (
-    " the to and of a in is for you that or be it not this with use if are on as file an tool by from must when run "
-    "only can your command will do should path user before all other text".split()
-    + '", ": {" ": " type string description properties object required number'.split()
-)
+# Common words of prompts are tokens, so that a prompt has fewer tokens than bytes.
+_COMMON = """
+the to and of in is for you that or be it not this with use if are on as file an tool by from must when run only can
+your command will do should path user before all other text type string description properties object required number
+"""
+_WORDS = tuple(_COMMON.split())
 TEMPLATE = (Path(__file__).parent / "template.jinja").read_text()
 
 
@@ -74,9 +74,7 @@ def write_scripted_model(path: Path, script: Script) -> Path:
     special = ["<|im_start|>", "<|im_end|>", *replies]
     n_steps = {"first": len(script.first), "later": len(script.later)}
     template = TEMPLATE.replace("n_steps = none", f"n_steps = {n_steps}")
-    return write_scripted(
-        path, follows, words=words, special=special, chat_template=template, n_ctx_train=1 << 17
-    )
+    return write_scripted(path, follows, words=words, special=special, chat_template=template, n_ctx_train=1 << 17)
 
 
 def _unique_pieces(texts: Sequence[str]) -> list[list[str]]:

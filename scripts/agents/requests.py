@@ -15,7 +15,7 @@ class Request(NamedTuple):
 
     Attributes:
         turn: the number of the user's message that it belongs to, from 1.
-        is_first: whether it is the first of its conversation. An agent has further conversations, such as for titles.
+        is_first: whether it is the first of its conversation. Agents have further ones, such as for titles.
         prompt, cached, completion: tokens.
         first_token: seconds until the first token.
         tier: the slowest tier that a part of the prompt came from; "" if all of it was computed.

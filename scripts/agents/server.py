@@ -1,4 +1,4 @@
-"""`erllama serve` with one model, a cache on a disk alone, and an access log that has the messages of each request."""
+"""`erllama serve` with one model, a cache on a disk alone, and an access log that has the messages."""
 
 from __future__ import annotations
 

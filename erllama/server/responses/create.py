@@ -185,7 +185,7 @@ class _Run:
         yield self._encode(last)
 
     def ping(self) -> bytes:
-        """Return an event for a quiet stream. Codex ends a stream that has comments and no events for five minutes."""
+        """Return an event for a quiet stream. Codex ends a stream without events after five minutes."""
         return self._encode({"type": "response.in_progress", "response": self._answer.in_progress()})
 
     def response(self) -> Json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,16 +37,19 @@ def model(agent: str, tmp_path: Path) -> Path:
 def scripted_texts(agent: str, turn: int) -> list[str]:
     """Return the texts of a turn's replies: of a call, the thinking."""
     script = AGENTS[agent][0].script(Path("/work"))
-    return [reply.thinking if isinstance(reply, Call) else reply for reply in (script.later if turn else script.first)]
+    return [
+        reply.thinking if isinstance(reply, Call) else reply for reply in (script.later if turn else script.first)
+    ]
 
 
 def check_warm(replies: list[Reply]) -> None:
     """Check that no reply after the first one computed tokens of earlier requests and replies again."""
-    for before, after in zip(replies, replies[1:], strict=False):
+    for before, after in pairwise(replies):
         assert after.n_cached >= before.n_prompt + before.n_reply - N_TEMPLATE
         assert after.n_cached / after.n_prompt >= MIN_SHARE
 
 
+@pytest.mark.slow
 def test_requests_after_the_first_are_warm_also_after_a_kill(agent: str, model: Path, tmp_path: Path) -> None:
     make_conversation = AGENTS[agent][1]
     replies: list[Reply] = []
