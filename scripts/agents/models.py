@@ -19,8 +19,8 @@ from erllama.testing.scripted import END, write_scripted
 
 # Common words of prompts are tokens, so that a prompt has fewer tokens than bytes.
 _COMMON = """
-the to and of in is for you that or be it not this with use if are on as file an tool by from must when run only can
-your command will do should path user before all other text type string description properties object required number
+the to and of in is for you that or be it not this with use if are on as file an tool by from must when run only
+can your command will do should path user before all other text type string description properties object required
 """
 _WORDS = tuple(_COMMON.split())
 TEMPLATE = (Path(__file__).parent / "template.jinja").read_text()
