@@ -35,7 +35,7 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model real-models test test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model real-models agents test test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -98,6 +98,12 @@ test-models: $(if $(ERLLAMA_TEST_MODEL),setup-dev,real-models)
 test-llama-server: setup-dev
 	$(BIN)/python -m scripts.llama_server_tests $(LLAMA_TESTS)
 
+# Codex and OpenCode against `erllama serve`, with scripted replies and with SmolLM2. Needs npm, git, and Linux on x86-64.
+# Fetches the agents first: 600 MB in the user's cache directory. AGENTS holds further arguments, as
+# AGENTS="--agent codex --model scripted".
+agents: setup-dev
+	$(BIN)/python -m scripts.agents $(AGENTS)
+
 # The linters and the fast tests: under two minutes on two idle cores. Run it before each commit.
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAST_TESTS)
@@ -111,7 +117,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	@rm -rf $(TREE) && mkdir -p $(TREE)/erllama && ln -s $(addprefix $(CURDIR)/,$(wildcard erllama/*) engine cache llama_ffi) $(TREE)/erllama/
 	@ln -s $(CURDIR)/scripts $(TREE)/scripts
-	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model -m scripts.real_models -m scripts.bert_to_gguf
+	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model -p scripts.agents -m scripts.real_models -m scripts.bert_to_gguf
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 format: setup-dev

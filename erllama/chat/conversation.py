@@ -14,7 +14,7 @@ from typing import Any
 
 from erllama._types import Message
 from erllama.chat.content_masking import ContentMask, SpecialTokenTexts
-from erllama.chat.message_adapters import adapt_messages, encode_arguments
+from erllama.chat.message_adapters import adapt_messages, alternate_roles, encode_arguments
 from erllama.chat.messages import normalize_messages
 from erllama.chat.templates.plain_data import copy_arguments, copy_documents
 from erllama.chat.templates.template import ChatTemplate
@@ -81,12 +81,14 @@ class Conversation:
         try:
             return self._render_messages(messages, add_generation_prompt)
         except TemplateError:
-            # Some templates require the arguments of calls as JSON text.
-            encoded = encode_arguments(messages)
-            if encoded == messages:
-                raise
-            with suppress(TemplateError):
-                return self._render_messages(encoded, add_generation_prompt)
+            # Some templates require the arguments of calls as JSON text, and some that roles alternate.
+            alternating = alternate_roles(messages)
+            tried = [messages]
+            for changed in (encode_arguments(messages), alternating, encode_arguments(alternating)):
+                if changed not in tried:
+                    tried.append(changed)
+                    with suppress(TemplateError):
+                        return self._render_messages(changed, add_generation_prompt)
             raise
 
     def _render_messages(self, messages: list[Message], add_generation_prompt: bool) -> str:

@@ -44,6 +44,24 @@ def encode_arguments(messages: Sequence[Message]) -> list[Message]:
     return [_change_calls(message, encode) for message in messages]
 
 
+def alternate_roles(messages: Sequence[Message]) -> list[Message]:
+    """Return messages with one system message at most, at the beginning, and no two of the user in a row.
+
+    For templates that refuse anything else. Agents begin with several messages of the developer and the user. The
+    texts of joined messages have an empty line between them, and a later system message becomes text of the user.
+    """
+    joined: list[Message] = []
+    for message in messages:
+        role, last = message["role"], joined[-1] if joined else None
+        if role in ("system", "developer"):
+            role = "system" if last is None or last["role"] == "system" else "user"
+        if last is not None and last["role"] == role and role in ("system", "user"):
+            joined[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+        else:
+            joined.append({**message, "role": role} if role != message["role"] else message)
+    return joined
+
+
 def _change_calls(message: Message, change: Callable[[Mapping[str, object]], Message]) -> Message:
     calls = message.get("tool_calls")
     if not isinstance(calls, list):

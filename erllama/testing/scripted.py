@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 END = "</s>"
+# The logit of the next token. Those of all others are zero, so that sampling at usual temperatures finds it, too.
+_LOGIT = 40.0
 _SPECIAL = ["<unk>", "<s>", END]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -61,15 +63,16 @@ def write_scripted(
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not a token of this model")
     n_vocab = len(tokens)
-    n_embd = -(-n_vocab // 32) * 32
-    following = np.full(n_vocab, ids[END])
-    for token, text in follows.items():
-        following[ids[token]] = ids[text]
-    # Each token has its own direction. The layers do not change it, and the output maps it to that of the next
-    # token.
+    n_embd = -(-(len(follows) + 1) // 32) * 32
+    # Each token in `follows` has a direction of its own, and all others share the first one, which END follows. The
+    # layers do not change it, the norm scales it to the square root of its length, and the output maps it to the
+    # next token.
     embeddings, output = np.zeros((n_vocab, n_embd), np.float32), np.zeros((n_vocab, n_embd), np.float32)
-    embeddings[np.arange(n_vocab), np.arange(n_vocab)] = 1.0
-    output[following, np.arange(n_vocab)] = 1.0
+    embeddings[:, 0] = 1.0
+    output[ids[END], 0] = _LOGIT / n_embd**0.5
+    for direction, (token, text) in enumerate(follows.items(), 1):
+        embeddings[ids[token]] = np.eye(n_embd, dtype=np.float32)[direction]
+        output[ids[text], direction] = _LOGIT / n_embd**0.5
 
     path = Path(path)
     with new_gguf(path, "llama") as writer:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import erllama
-from erllama.chat.message_adapters import adapt_messages, encode_arguments
+from erllama.chat.message_adapters import adapt_messages, alternate_roles, encode_arguments
 from erllama.chat.messages import normalize_messages
 from support.chat.tool_calls import TOOLS
 from support.paths import SHARED
@@ -107,3 +107,34 @@ def test_each_family_template_renders_a_call_and_its_result(path: Path) -> None:
         tools = TOOLS if model._chat_requests.chats.templates.choose().uses("tools") else None
         text = model.render_chat([*CONVERSATION, {"role": "assistant", "content": "It rains."}], tools=tools)
         assert "It rains." in text
+
+
+ALTERNATING = (
+    "{%- set rest = messages[1:] if messages[0].role == 'system' else messages %}"
+    "{%- for m in rest if m.role != 'tool' and not m.tool_calls %}"
+    "{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{%- endfor %}"
+    "{%- for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
+
+
+def test_messages_of_one_role_are_joined_for_templates_that_refuse_them() -> None:
+    beginning = [
+        {"role": "developer", "content": "a"},
+        {"role": "developer", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "user", "content": "d"},
+    ]
+    with model_with(ALTERNATING) as model:
+        assert model.render_chat(beginning) == "[system]a\n\nb[user]c\n\nd"
+        reply = [{"role": "assistant", "content": "e"}, {"role": "system", "content": "f"}]
+        assert model.render_chat([*beginning, *reply]) == "[system]a\n\nb[user]c\n\nd[assistant]e[user]f"
+        with pytest.raises(erllama.TemplateError, match="alternate"):
+            model.render_chat([*beginning, reply[0], reply[0]])
+    with model_with(ALTERNATING.replace("{{ raise_exception('roles must alternate') }}", "")) as model:
+        assert "[user]c[user]d" in model.render_chat(beginning)
+
+
+def test_messages_that_alternate_are_the_same_objects() -> None:
+    messages = normalize_messages([{"role": "system", "content": "s"}, *CONVERSATION])
+    assert all(a is b for a, b in zip(alternate_roles(messages), messages, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -192,3 +193,20 @@ def test_more_connections_than_the_limit_get_a_503_until_one_ends(model: erllama
         wait_until(lambda: len(server.uvicorn.server_state.connections) == 1)
         assert server.post(chat_body(max_tokens=1)).status_code == 200
         second.close()
+
+
+def test_a_quiet_response_repeats_an_event_and_numbers_all_events(
+    model: erllama.Model, backend: GatedBackend
+) -> None:
+    body = {"input": "hello", "stream": True, "max_output_tokens": 2}
+    with running(model, keep_alive_seconds=0.05) as server:
+        backend.hold()
+        client = server.send(body, "/v1/responses")
+        received = b""
+        while received.count(b"event: response.in_progress\n") < 3:  # the first one begins every stream
+            received += client.recv(65536)
+        backend.release()
+        received += read_until(client, b"\r\n0\r\n\r\n")
+        client.close()
+    numbers = [int(number) for number in re.findall(rb'"sequence_number":(\d+)', received)]
+    assert numbers == list(range(len(numbers)))

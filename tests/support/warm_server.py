@@ -26,13 +26,15 @@ class WarmServer:
         model: a GGUF file.
         cache: the directory of its cache, which outlives the server.
         process: whether the model runs in a process of its own.
+        n_ctx: tokens of the context.
 
     Attributes:
         url: such as "http://127.0.0.1:41375"; another one after each start.
     """
 
-    def __init__(self, model: Path, cache: Path, *, process: bool = True) -> None:
-        self._command = [sys.executable, __file__, str(model), str(cache), *(["--process"] if process else [])]
+    def __init__(self, model: Path, cache: Path, *, process: bool = True, n_ctx: int = 8192) -> None:
+        options = [f"--n-ctx={n_ctx}", *(["--process"] if process else [])]
+        self._command = [sys.executable, __file__, str(model), str(cache), *options]
         self._process: subprocess.Popen[str] | None = None
         self.url = ""
 
@@ -76,7 +78,7 @@ class WarmServer:
         return line.strip()
 
 
-def _run(model: Path, cache_directory: Path, *, process: bool) -> None:
+def _run(model: Path, cache_directory: Path, *, process: bool, n_ctx: int) -> None:
     import uvicorn
 
     import erllama
@@ -84,7 +86,7 @@ def _run(model: Path, cache_directory: Path, *, process: bool) -> None:
 
     # Without a RAM tier, the model's process shares no directory of the user's with other tests.
     cache = erllama.Cache(ram=None, disk=cache_directory)
-    loaded = erllama.load_model(model, id="warm", cache=cache, n_ctx=8192, n_threads=1, process=process)
+    loaded = erllama.load_model(model, id="warm", cache=cache, n_ctx=n_ctx, n_threads=1, process=process)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(erllama.server.app(loaded), log_level="warning", lifespan="on"))
 
@@ -102,6 +104,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("cache", type=Path)
+    parser.add_argument("--n-ctx", type=int, default=8192)
     parser.add_argument("--process", action="store_true")
     arguments = parser.parse_args()
-    _run(arguments.model, arguments.cache, process=arguments.process)
+    _run(arguments.model, arguments.cache, process=arguments.process, n_ctx=arguments.n_ctx)

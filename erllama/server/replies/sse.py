@@ -95,7 +95,8 @@ class _EventStream(Response):
                 await asyncio.wait((sending, leaving), timeout=seconds - quiet, return_when=asyncio.FIRST_COMPLETED)
                 continue
             async with self._sending:
-                if not sending.done():
+                # An event may have been sent meanwhile. The next one is not encoded before this block ends.
+                if not sending.done() and loop.time() - self._sent >= seconds:
                     await _send_part(send, self._make_ping())
                     self._sent = loop.time()
 
@@ -106,7 +107,7 @@ class _EventStream(Response):
                 async for event in events:
                     async with self._sending:
                         await _send_part(send, event)
-                    self._sent = time()
+                        self._sent = time()
             except Exception as error:
                 answer = as_api_error(error)
                 self._call.record.error = answer.code or answer.kind

@@ -72,7 +72,7 @@ async def answer(call: Call, body: ResponseBody) -> Response:
     replies = await _open(call, served, body, request)
     run = _Run(call, served, body, request)
     if body.stream:
-        return event_stream(call, run.stream(replies), encode_error)
+        return event_stream(call, run.stream(replies), encode_error, run.ping)
     async with replies:
         await run.collect(replies)
     response = run.response()
@@ -183,6 +183,10 @@ class _Run:
         if self.output.completion is not None:
             last["timings"] = timings(self.output.completion)
         yield self._encode(last)
+
+    def ping(self) -> bytes:
+        """Return an event for a quiet stream. Codex ends a stream without events after five minutes."""
+        return self._encode({"type": "response.in_progress", "response": self._answer.in_progress()})
 
     def response(self) -> Json:
         """Return the response with its reply, which is done."""
