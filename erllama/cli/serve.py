@@ -67,6 +67,7 @@ from erllama.server.options import ServerOptions
     metavar="FILE",
     help='File for the access log, one line of JSON for each request; "none" for no log. Default: stderr.',
 )
+@click.option("--no-page", is_flag=True, help="Serve no chat page at /.")
 @click.option("--in-process", is_flag=True, help="Run the models in this process instead of one process each.")
 @model_and_cache_options
 def serve(
@@ -79,6 +80,7 @@ def serve(
     allowed_hosts: tuple[str, ...],
     cors_origins: tuple[str, ...],
     access_log: str | None,
+    no_page: bool,
     in_process: bool,
     loading: ModelOptions,
 ) -> int:
@@ -100,7 +102,8 @@ def serve(
     if not listen.is_loopback and listen.host[0].isalpha():
         allowed_hosts = (*allowed_hosts, listen.host)
     lists = {"allowed_hosts": allowed_hosts or None, "cors_origins": cors_origins or None}
-    options = ServerOptions.of(_chosen(configuration.server, **lists) | {"keys": keys})
+    page = False if no_page else None
+    options = ServerOptions.of(_chosen(configuration.server, **lists, page=page) | {"keys": keys})
     entries = [ModelEntry(path=existing_path(path)) for path in models] + list(configuration.models)
     with ExitStack() as stack:
         bound = stack.enter_context(listen.bind())  # before the models, whose loading takes long
@@ -113,7 +116,7 @@ def serve(
         server = make_server(served, options)
         from erllama.server.run import run  # uvicorn is imported only if all else is right
 
-        run(server, listen, bound, lambda: _print_address(url_of(bound), served, bool(keys)))
+        run(server, listen, bound, lambda: _print_address(url_of(bound), served, options))
     return 0
 
 
@@ -185,12 +188,13 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _print_address(url: str, served: Sequence[ServedModel], has_keys: bool) -> None:
+def _print_address(url: str, served: Sequence[ServedModel], options: ServerOptions) -> None:
     """Print the address and a request to try."""
     body = json.dumps({"model": served[0].name, "messages": [{"role": "user", "content": "Hello"}]})
-    key = " -H 'authorization: Bearer KEY'" if has_keys else ""
+    key = " -H 'authorization: Bearer KEY'" if options.keys else ""
+    try_it = f"Open {url}/ in a browser, or try it:" if options.page else "Try it:"
     names = ", ".join(each.name for each in served)
-    echo(f"erllama serves {names} on {url}. Ctrl-C stops it. Try it:")
+    echo(f"erllama serves {names} on {url}. Ctrl-C stops it. {try_it}")
     echo(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {_quoted(body)}")
     sys.stdout.flush()
 

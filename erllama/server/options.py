@@ -28,6 +28,7 @@ class ServerOptions:
         log_prompts: write prompts to the access log.
         drop_unstable_headers: remove what clients put into prompts and change on each request. The list is in
             docs/server/anthropic.md.
+        page: serve the chat page at `/`.
         slots: answer `/slots`, which shows how many requests run.
         metrics: answer `/metrics`.
         max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`. 0 for none.
@@ -48,6 +49,7 @@ class ServerOptions:
     drop_unstable_headers: bool = True
     max_stored_responses: int = 1000
     state_dir: str | Path | None = None
+    page: bool = True
     slots: bool = True
     metrics: bool = True
 
@@ -61,7 +63,7 @@ class ServerOptions:
             real(name, getattr(self, name), 0.001)
         for name in ("restart_wait", "shutdown_seconds"):
             real(name, getattr(self, name), 0.0)
-        for name in ("log_prompts", "drop_unstable_headers", "slots", "metrics"):
+        for name in ("log_prompts", "drop_unstable_headers", "page", "slots", "metrics"):
             boolean(name, getattr(self, name))
         if not isinstance(self.state_dir, str | Path | None):
             raise OptionError(f"state_dir={shown(self.state_dir)}; pass the path of a directory, or None")

@@ -1,0 +1,116 @@
+"""`GET /erllama/status`: the tiers of the cache, how much of the prompts it had over time, pins, and the models.
+
+A client with a key sees the models that its key may use. Paths are left out: the answer goes to other machines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Iterable, Sequence
+
+from starlette.responses import Response
+
+import erllama
+from erllama.cache import Cache, TierStatus
+from erllama.server.conduct.bodies import Json
+from erllama.server.endpoints import Call, Endpoint, NoBody, json_response
+from erllama.server.hit_history import INTERVAL_SECONDS, Counts, HitHistory
+from erllama.server.models import ServedModel
+from erllama.server.replies.openai_errors import ERRORS
+
+
+def endpoints() -> list[Endpoint[NoBody]]:
+    """Return the endpoint of this module."""
+    summary = "Describe the cache and the models."
+    return [Endpoint("GET", "/erllama/status", NoBody, answer, ERRORS, summary, computes=False)]
+
+
+async def answer(call: Call, body: NoBody) -> Response:
+    """Answer with the status."""
+    models = call.allowed_models()
+    caches = list({id(served.model.cache): served.model.cache for served in models}.values())
+    # In a thread: models in processes of their own report what they have.
+    tiers, pins = await asyncio.to_thread(lambda: (_tiers(caches), _pins(caches)))
+    values: Json = {
+        "version": erllama.__version__,
+        "time": time.time(),
+        "tiers": tiers,
+        **_hits(call.server.history, {served.name for served in models}),
+        "models": [_model(served) for served in models],
+    }
+    if pins is not None:
+        values["pins"] = pins
+    return json_response(values)
+
+
+def _tiers(caches: Iterable[Cache]) -> list[Json]:
+    """Return the directories and memories that the caches store blocks in, from fast to slow."""
+    return [_tier(status) for cache in caches for status in cache.tiers()]
+
+
+def _tier(status: TierStatus) -> Json:
+    return {
+        "tier": status.tier,
+        "bytes": status.n_bytes,
+        "limit": status.budget,
+        "blocks": status.n_blocks,
+        "read_only": status.read_only,
+        "failed": status.error is not None,
+    }
+
+
+def _pins(caches: Sequence[Cache]) -> list[Json] | None:
+    """Return the pins of the caches; None if this version of the cache has none."""
+    found: list[Json] = []
+    for cache in caches:
+        read = getattr(cache, "pins", None)
+        if read is None:
+            return None
+        found += [
+            {
+                "name": pin.name,
+                "model": pin.model,
+                "tokens": pin.n_tokens,
+                "bytes": pin.n_bytes,
+                "created": pin.created,
+                "expires": pin.expires,
+            }
+            for pin in read()
+        ]
+    return found
+
+
+def _hits(history: HitHistory, models: Collection[str]) -> Json:
+    """Return the counts of requests of some models: all of them, and those of each interval."""
+    intervals = [(began, _sum(counts, models)) for began, counts in history.intervals]
+    return {
+        "totals": _sum(history.totals, models)._asdict(),
+        "history": {
+            "interval_seconds": INTERVAL_SECONDS,
+            "intervals": [{"began": began, **sums._asdict()} for began, sums in intervals if sums.requests],
+        },
+    }
+
+
+def _sum(counts: dict[str, Counts], models: Collection[str]) -> Counts:
+    found = Counts()
+    for model, each in counts.items():
+        if model in models:
+            found = found.plus(each)
+    return found
+
+
+def _model(served: ServedModel) -> Json:
+    info = served.model.info
+    return {
+        "name": served.name,
+        "aliases": [alias for alias in served.aliases if alias != "*"],
+        "state": "loaded" if info.pid else "restarting",
+        "weights_bytes": info.weights_bytes,
+        "kv_bytes": info.kv_bytes,
+        "n_ctx": info.n_ctx,
+        "slots": {"total": info.n_seq_max, "running": info.queue_depth, "waiting": info.pending},
+        "restarts": served.model.restarts,
+        "uses_cache": not info.cache_problem,
+    }
