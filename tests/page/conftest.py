@@ -25,5 +25,5 @@ def chrome() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page_server() -> Iterator[RunningServer]:
     """A server of the scripted model of `support.page_model`."""
-    with page_model() as model, running(model) as server:
+    with page_model(id="small-model") as model, running(model) as server:
         yield server

@@ -188,7 +188,7 @@ def test_every_import_and_every_id_of_the_scripts_exists() -> None:
     for name in SCRIPTS:
         text = (STATIC / name).read_text()
         assert set(re.findall(r'from "\./([^"]+)"', text)) <= set(NAMES)
-        for used in re.findall(r'(?:byId|on)\("([^"]+)"', text):
+        for used in re.findall(r'(?:byId|\bon)\("([^"]+)"', text):
             assert used in ids or used.startswith(("setting-", "result-")), f"{name}: {used}"
         for imported, module in re.findall(r'import \{([^}]+)\} from "\./([^"]+)"', text):
             exported = set(re.findall(r"export (?:async )?(?:function\*?|class|const) (\w+)", (STATIC / module).read_text()))

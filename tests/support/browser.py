@@ -148,7 +148,7 @@ def visiting(browser: Browser, url: str, path: str = "/", **options: Any) -> Ite
                 visit.problems.append(message.text)
 
         visit.page.on("console", note)
-        visit.page.set_default_timeout(60_000)
+        visit.page.set_default_timeout(10_000)
         visit.page.goto(url + path)
         yield visit
         visit.check()

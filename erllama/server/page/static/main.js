@@ -46,7 +46,8 @@ const replies = new Replies({
     if (conversation === current) show({ toEnd: true });
   },
   onChange: ({ conversation, message: changed }) => {
-    say("Writing…");
+    if (changed.content || changed.calls) say("Writing…");
+    else if (changed.thinking) say("Thinking…");
     if (conversation === current) list.update(changed);
   },
   onEnd: (ended) => {

@@ -20,6 +20,8 @@ export class MessageList {
   /** Show a conversation. `running` is the message that is being written, if any. */
   show(conversation, running) {
     Object.assign(this, { conversation, running });
+    cancelAnimationFrame(this.frame);
+    this.frame = 0;
     const shown = shownMessages(conversation);
     this.byId = new Map();
     const articles = shown.map((message, index) => this.article(message, shown[index - 1], index === shown.length - 1));

@@ -36,7 +36,8 @@ export function percent(part, all) {
 export function seconds(value) {
   if (value < 0.095) return `${Math.max(value, 0.01).toFixed(2)} s`;
   if (value < 60) return `${value.toFixed(1)} s`;
-  return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+  if (value < 3600) return `${Math.floor(value / 60)} min ${Math.floor(value % 60)} s`;
+  return `${Math.floor(value / 3600)} h ${Math.floor((value % 3600) / 60)} min`;
 }
 
 /**
