@@ -43,7 +43,8 @@ def bodies(visit: Visit) -> list[dict[str, Any]]:
     """Return a list to which the bodies of further requests for replies are added."""
     found: list[dict[str, Any]] = []
     visit.page.on(
-        "request", lambda request: request.post_data and found.append(json.loads(request.post_data))  # type: ignore[func-returns-value]
+        "request",
+        lambda request: request.post_data and found.append(json.loads(request.post_data)),  # type: ignore[func-returns-value]
     )
     return found
 
@@ -63,11 +64,17 @@ def test_a_reply_shows_how_much_of_its_prompt_was_cached(visit: Visit) -> None:
 
 
 def test_after_a_restart_the_prompt_comes_from_the_disk(chrome: Browser, tmp_path: Path) -> None:
-    with erllama.Cache(ram=None, disk=tmp_path, block_size=32) as cache, page_model(cache=cache, id="restarted") as model:
+    with (
+        erllama.Cache(ram=None, disk=tmp_path, block_size=32) as cache,
+        page_model(cache=cache, id="restarted") as model,
+    ):
         with running(model) as server, visiting(chrome, server.url) as visit:
             visit.ask(long_text())
             stored, port = visit.page.context.storage_state(), server.address[1]
-    with erllama.Cache(ram=None, disk=tmp_path, block_size=32) as cache, page_model(cache=cache, id="restarted") as model:
+    with (
+        erllama.Cache(ram=None, disk=tmp_path, block_size=32) as cache,
+        page_model(cache=cache, id="restarted") as model,
+    ):
         with running(model, listen={"port": port}) as server:
             with visiting(chrome, server.url, storage_state=stored) as visit:
                 assert visit.replies() == [f"You said {long_text()}."]
@@ -120,15 +127,20 @@ def test_markup_and_script_in_a_reply_stay_text(visit: Visit) -> None:
 def test_the_policy_stops_markup_that_a_mistake_would_insert(chrome: Browser, page_server: RunningServer) -> None:
     with visiting(chrome, page_server.url) as visit:
         thrown = visit.page.evaluate(
-            """() => { try { document.body["inner" + "HTML"] = "<img src=x onerror='window.hacked = 1'>"; return ""; }
-            catch (error) { return error.name; } }"""
+            """() => {
+                try { document.body["inner" + "HTML"] = "<img src=x onerror='window.hacked = 1'>"; return ""; }
+                catch (error) { return error.name; }
+            }"""
         )
         assert thrown == "TypeError"
         visit.problems.clear()
 
 
 def test_stop_keeps_what_was_written(visit: Visit) -> None:
-    for stop in (lambda: visit.page.get_by_role("button", name="Stop").click(), lambda: visit.page.keyboard.press("Escape")):
+    for stop in (
+        lambda: visit.page.get_by_role("button", name="Stop").click(),
+        lambda: visit.page.keyboard.press("Escape"),
+    ):
         visit.send("for ever")
         visit.page.locator("article.assistant .text").last.filter(has_text="word word").wait_for()
         stop()
@@ -234,7 +246,14 @@ def test_settings_are_fields_of_the_requests(visit: Visit) -> None:
     assert "reached the limit" in visit.page.locator("article.assistant").inner_text()
     body = sent[0]
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
-    for name, value in {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "max_tokens": 5, "seed": 3}.items():
+    for name, value in {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.05,
+        "max_tokens": 5,
+        "seed": 3,
+    }.items():
         assert body[name] == value
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
     visit.page.reload()
@@ -368,7 +387,9 @@ def test_the_page_is_used_with_the_keyboard_alone(visit: Visit) -> None:
     page = visit.page
 
     def focused() -> str:
-        name: str = page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText")
+        name: str = page.evaluate(
+            "document.activeElement.getAttribute('aria-label') || document.activeElement.innerText"
+        )
         return name
 
     page.get_by_role("combobox", name="Model").wait_for()

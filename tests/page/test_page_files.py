@@ -87,7 +87,9 @@ def test_the_files_need_no_key_and_the_api_does(server: RunningServer) -> None:
     assert httpx.get(server.url + "/erllama/status").status_code == 401
 
 
-@pytest.mark.parametrize("name", ["files.py", "..%2ffiles.py", "%2e%2e/files.py", "static/main.js", "", "main.js%00"])
+@pytest.mark.parametrize(
+    "name", ["files.py", "..%2ffiles.py", "%2e%2e/files.py", "static/main.js", "", "main.js%00"]
+)
 def test_no_other_file_can_be_read(server: RunningServer, name: str) -> None:
     with server.connect() as client:
         client.sendall(f"GET /page/{name} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
@@ -191,7 +193,9 @@ def test_every_import_and_every_id_of_the_scripts_exists() -> None:
         for used in re.findall(r'(?:byId|\bon)\("([^"]+)"', text):
             assert used in ids or used.startswith(("setting-", "result-")), f"{name}: {used}"
         for imported, module in re.findall(r'import \{([^}]+)\} from "\./([^"]+)"', text):
-            exported = set(re.findall(r"export (?:async )?(?:function\*?|class|const) (\w+)", (STATIC / module).read_text()))
+            exported = set(
+                re.findall(r"export (?:async )?(?:function\*?|class|const) (\w+)", (STATIC / module).read_text())
+            )
             assert {each.strip() for each in imported.split(",") if each.strip()} <= exported, name
 
 

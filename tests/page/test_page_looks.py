@@ -1,4 +1,4 @@
-"""The view of the cache in a browser, accessibility in both themes, and pictures of both views for people to look at."""
+"""The view of the cache in a browser, accessibility in both themes, and pictures for people to look at."""
 
 from __future__ import annotations
 
@@ -136,9 +136,7 @@ def test_axe_finds_no_serious_fault(chrome: Browser, used_server: RunningServer,
 @pytest.mark.usefixtures("pinned")
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("size", SIZES)
-def test_both_views_fit_the_screen(
-    chrome: Browser, used_server: RunningServer, theme: Theme, size: str
-) -> None:
+def test_both_views_fit_the_screen(chrome: Browser, used_server: RunningServer, theme: Theme, size: str) -> None:
     viewport = SIZES[size]
     with visiting(chrome, used_server.url, viewport=viewport, color_scheme=theme, reduced_motion="reduce") as visit:
         page = visit.page
@@ -168,10 +166,13 @@ def test_both_views_fit_the_screen(
         page.get_by_role("link", name="Cache").click()
         page.locator(".tier").first.wait_for()
         take("cache")
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == {
-            "light": "rgb(251, 251, 249)",
-            "dark": "rgb(22, 23, 24)",
-        }[theme]
+        assert (
+            page.evaluate("getComputedStyle(document.body).backgroundColor")
+            == {
+                "light": "rgb(251, 251, 249)",
+                "dark": "rgb(22, 23, 24)",
+            }[theme]
+        )
 
 
 def test_a_chosen_theme_stays_over_a_reload(chrome: Browser, page_server: RunningServer) -> None:

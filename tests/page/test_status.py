@@ -79,6 +79,15 @@ def test_tiers_have_their_bytes_and_limits(model: erllama.Model) -> None:
         assert not tier["read_only"]
 
 
+def test_the_memory_of_several_models_is_one_tier(model: erllama.Model) -> None:
+    with erllama.load_backend(GatedBackend(), id="second", cache=model.cache) as second:
+        with running([model, second]) as server:  # type: ignore[list-item]
+            tiers = status(server)["tiers"]
+    assert [tier["tier"] for tier in tiers] == ["live", "ram", "disk"]
+    statuses = [each for each in model.cache.tiers() if each.tier == "live"]
+    assert tiers[0]["places"] == 2 * len(statuses) == 2
+
+
 def test_no_path_is_in_the_answer(model: erllama.Model, tmp_path: Path) -> None:
     with running(model) as server:
         server.post(chat_body(LONG, max_tokens=1))

@@ -51,7 +51,9 @@ def chromium() -> str:
 
 def axe() -> str:
     """Return the source of axe-core, which `make test-page` fetches into the user's cache directory."""
-    folder = os.environ.get("ERLLAMA_AXE") or Path(platformdirs.user_cache_dir()) / f"erllama/axe-core-{AXE_VERSION}"
+    folder = (
+        os.environ.get("ERLLAMA_AXE") or Path(platformdirs.user_cache_dir()) / f"erllama/axe-core-{AXE_VERSION}"
+    )
     file = Path(folder) / "package" / "axe.min.js"
     if not file.exists():
         missing(f"there is no axe-core in {folder}; run `make test-page`, which fetches it")
@@ -148,7 +150,7 @@ def visiting(browser: Browser, url: str, path: str = "/", **options: Any) -> Ite
                 visit.problems.append(message.text)
 
         visit.page.on("console", note)
-        visit.page.set_default_timeout(10_000)
+        visit.page.set_default_timeout(60_000)
         visit.page.goto(url + path)
         yield visit
         visit.check()

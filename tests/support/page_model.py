@@ -26,8 +26,8 @@ HOSTILE = """Look: <script>window.hacked = 1</script> and <img src="x" onerror="
 |---|---|
 | <img src=x onerror=window.hacked=6> | [x](vbscript:x) |
 """
-SAMPLE = """The cache stores the **keys and values** of a prompt in blocks. A later request that begins with the same \
-tokens restores them instead of computing them again.
+SAMPLE = """The cache stores the **keys and values** of a prompt in blocks. A later request that begins with \
+the same tokens restores them instead of computing them again.
 
 ### What that saves
 
@@ -83,7 +83,12 @@ def page_model(
 def _reply_text(message: str, *, is_result: bool) -> str:
     if is_result:
         return f"The tool says {message}."
-    fixed = {"hostile": HOSTILE, "sample": SAMPLE, "think": f"<think>{THOUGHTS}</think>Thought through.", "call": CALL}
+    fixed = {
+        "hostile": HOSTILE,
+        "sample": SAMPLE,
+        "think": f"<think>{THOUGHTS}</think>Thought through.",
+        "call": CALL,
+    }
     return fixed.get(message.split("\n")[-1], f"You said {message}.")
 
 

@@ -83,7 +83,14 @@ def page_endpoints() -> list[Endpoint[NoBody]]:
     return [
         Endpoint("GET", "/", NoBody, answer_page, ERRORS, "Return the chat page.", public=True, computes=False),
         Endpoint(
-            "GET", "/page/{name}", NoBody, answer_file, ERRORS, "Return a file of the page.", public=True, computes=False
+            "GET",
+            "/page/{name}",
+            NoBody,
+            answer_file,
+            ERRORS,
+            "Return a file of the page.",
+            public=True,
+            computes=False,
         ),
     ]
 

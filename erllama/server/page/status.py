@@ -19,6 +19,9 @@ from erllama.server.hit_history import INTERVAL_SECONDS, Counts, HitHistory
 from erllama.server.models import ServedModel
 from erllama.server.replies.openai_errors import ERRORS
 
+# Tiers in the memory of a process. Each model in a process of its own adds its own.
+_IN_MEMORY = ("live", "ram")
+
 
 def endpoints() -> list[Endpoint[NoBody]]:
     """Return the endpoint of this module."""
@@ -45,18 +48,24 @@ async def answer(call: Call, body: NoBody) -> Response:
 
 
 def _tiers(caches: Iterable[Cache]) -> list[Json]:
-    """Return the directories and memories that the caches store blocks in, from fast to slow."""
-    return [_tier(status) for cache in caches for status in cache.tiers()]
+    """Return the tiers, from fast to slow. Each directory is one, and so is the memory of all processes."""
+    groups: dict[tuple[object, ...], list[TierStatus]] = {}
+    for cache in caches:
+        for status in cache.tiers():
+            place = (status.tier,) if status.tier in _IN_MEMORY else (status.tier, status.location)
+            groups.setdefault(place, []).append(status)
+    return [_tier(statuses) for statuses in groups.values()]
 
 
-def _tier(status: TierStatus) -> Json:
+def _tier(statuses: Sequence[TierStatus]) -> Json:
     return {
-        "tier": status.tier,
-        "bytes": status.n_bytes,
-        "limit": status.budget,
-        "blocks": status.n_blocks,
-        "read_only": status.read_only,
-        "failed": status.error is not None,
+        "tier": statuses[0].tier,
+        "places": len(statuses),
+        "bytes": sum(status.n_bytes for status in statuses),
+        "limit": sum(status.budget for status in statuses),
+        "blocks": sum(status.n_blocks for status in statuses),
+        "read_only": all(status.read_only for status in statuses),
+        "failed": any(status.error is not None for status in statuses),
     }
 
 

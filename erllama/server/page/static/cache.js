@@ -121,18 +121,26 @@ function sum(items, read) {
 
 function tiers(all) {
   if (!all.length) return element("p", { class: "muted" }, "This server has no cache beyond the contexts of its models.");
-  return element("ul", { class: "tiers" }, all.map(tier));
+  return element("ul", { class: "tiers" }, all.map((each) => tier(each, tierName(each, all))));
 }
 
-function tier({ tier: name, bytes: used, limit, blocks, read_only: isReadOnly, failed }) {
-  const state = failed ? "Not in use: the log of the server has the cause" : isReadOnly ? "Read only" : (TIER_TEXTS[name] ?? "");
+/** Return the name of a tier, with a number if there are several of its kind, such as directories. */
+function tierName(one, all) {
+  const same = all.filter((other) => other.tier === one.tier);
+  const name = TIER_NAMES[one.tier] ?? one.tier;
+  return same.length > 1 ? `${name} ${same.indexOf(one) + 1}` : name;
+}
+
+function tier({ tier: kind, bytes: used, limit, blocks, read_only: isReadOnly, failed }, name) {
+  const state = failed ? "Not in use: the log of the server has the cause" : isReadOnly ? "Read only" : (TIER_TEXTS[kind] ?? "");
   const size = limit && !isReadOnly ? `${bytes(used)} of ${bytes(limit)}, ${percent(used, limit)}` : bytes(used);
   const bar = element("div", { class: "bar-track", "aria-hidden": "true" }, element("div", { class: "bar-part" }));
+  if (!used) bar.firstChild.hidden = true;
   bar.firstChild.style.setProperty("--share", String(limit ? Math.min(used / limit, 1) : 0));
   return element(
     "li",
     { class: failed ? "tier failed" : "tier" },
-    element("div", { class: "tier-head" }, element("strong", {}, TIER_NAMES[name] ?? name), element("span", { class: "muted" }, state)),
+    element("div", { class: "tier-head" }, element("strong", {}, name), element("span", { class: "muted" }, state)),
     limit && !isReadOnly ? bar : null,
     element("div", { class: "tier-size" }, element("span", {}, size), element("span", { class: "muted" }, plural(blocks, "block"))),
   );
@@ -217,8 +225,10 @@ function columnCells({ from, requests, prompt, cached }) {
 
 // --- tables ---------------------------------------------------------------------------------------
 
-function table(head, rows) {
-  const cell = (tag, value, index) => element(tag, { scope: tag === "th" ? "col" : null, class: index ? "number" : null }, value);
+/** Return a table. The first `nTexts` columns are texts, and the others are numbers. */
+function table(head, rows, nTexts = 1) {
+  const cell = (tag, value, index) =>
+    element(tag, { scope: tag === "th" ? "col" : null, class: index >= nTexts ? "number" : null }, value);
   return element(
     "div",
     { class: "table", tabindex: "0", role: "region", "aria-label": head.join(", ") },
@@ -232,7 +242,7 @@ function table(head, rows) {
 }
 
 function models(all) {
-  return table(["Model", "State", "Memory", "Running", "Waiting", "Context"], all.map(modelCells));
+  return table(["Model", "State", "Memory", "Running", "Waiting", "Context"], all.map(modelCells), 2);
 }
 
 function modelCells(model) {
@@ -253,5 +263,5 @@ function pins(all, now) {
   if (!all.length) return element("p", { class: "muted" }, "No prompt is pinned.");
   const expiry = (time) => (time ? `in ${seconds(Math.max(time - now, 0))}` : "never");
   const row = (pin) => [pin.name, pin.model, whole(pin.tokens), bytes(pin.bytes), expiry(pin.expires)];
-  return table(["Pin", "Model", "Tokens", "Size", "Expires"], all.map(row));
+  return table(["Pin", "Model", "Tokens", "Size", "Expires"], all.map(row), 2);
 }

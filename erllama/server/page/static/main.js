@@ -238,7 +238,7 @@ function toggleSettings(isOpen) {
     return;
   }
   drawSettings();
-  byId("setting-system").focus();
+  byId("setting-system").focus({ preventScroll: true });
 }
 
 function askForKey() {

@@ -239,7 +239,7 @@ function figures(message) {
     bar.style.setProperty("--share", String(message.figures.cached / message.figures.prompt));
     line.append(bar);
   }
-  line.append(element("span", { class: "figures-cache" }, cache), ...rest.map((text) => element("span", {}, text)));
+  line.append(element("span", { class: "figures-cache" }, cache), element("span", { class: "figures-rest" }, rest.join(" · ")));
   return line;
 }
 
