@@ -22,6 +22,9 @@ FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapter
 	process/test_startup.py serving/test_prompts.py serving/test_replies.py serving/test_stop_tokens.py serving/test_stops.py \
 	storage/test_kvc.py storage/test_policy.py storage/test_read_only.py storage/test_texts.py storage/test_tiers.py \
 	structured/test_tool_schemas.py)
+# Finds faults of accessibility in the chat page. Only its tests use it. tests/support/browser.py has the same version.
+AXE_VERSION := 4.14.1
+AXE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/erllama/axe-core-$(AXE_VERSION)
 # The tests of real models, which skip without ERLLAMA_REAL_MODELS and ERLLAMA_TEST_MODEL.
 REAL_MODEL_TESTS := $(addprefix tests/,models/test_real_models.py models/test_real_adapters.py models/test_real_embeddings.py \
 	exactness/test_real_exactness.py chat/test_real_chats.py)
@@ -35,7 +38,7 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model real-models agents test test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model real-models agents test test-page test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -75,6 +78,15 @@ demo-model: setup
 # The whole suite, two tests at a time. WORKERS=N runs N at a time; WORKERS=0 runs them in one process.
 test: setup-dev
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal
+
+# The tests of the chat page in Chromium, which ERLLAMA_CHROMIUM names or PATH has. Fetches axe-core from npm into the user's
+# cache directory. Writes pictures into build/page. Fails without a browser.
+test-page: setup-dev $(AXE)/package/axe.min.js
+	ERLLAMA_BROWSER_TESTS=1 ERLLAMA_AXE=$(AXE) $(BIN)/python -m pytest tests/page
+
+$(AXE)/package/axe.min.js:
+	@echo "test-page: fetching axe-core $(AXE_VERSION)"
+	@mkdir -p $(AXE) && cd $(AXE) && npm pack --silent axe-core@$(AXE_VERSION) > /dev/null && tar -xzmf axe-core-$(AXE_VERSION).tgz
 
 # The tests of RPC devices, then tests of exactness, KV, adapters and embeddings with all models on an RPC server of this
 # machine. There, KV is not in the memory of the process, as on a GPU. Builds libllama with RPC first, and keeps it.

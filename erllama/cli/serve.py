@@ -72,6 +72,7 @@ from erllama.server.settings import CommandOptions, Settings, read_settings
     is_flag=True,
     help="Check the configuration and the other options without starting a server. Exit status 1 if one is wrong.",
 )
+@click.option("--no-page", is_flag=True, help="Serve no chat page at /.")
 @click.option("--in-process", is_flag=True, help="Run the models in this process instead of one process each.")
 @click.option("--on-request", is_flag=True, help="Load each MODEL when a request needs it, not at the start.")
 @click.option(
@@ -97,6 +98,7 @@ def serve(
     cors_origins: tuple[str, ...],
     access_log: str | None,
     check: bool,
+    no_page: bool,
     in_process: bool,
     on_request: bool,
     keep_alive: str | None,
@@ -126,6 +128,7 @@ def serve(
             cors_origins=cors_origins or None,
             model_keep_alive=keep_alive,
             memory_limit=memory_limit,
+            page=False if no_page else None,
         ),
         cache=_given(disk=loading.cache_dir, disk_quota=loading.quota),
         load=loading.options,
@@ -219,7 +222,8 @@ def _print_address(url: str, settings: Settings) -> None:
     names = [entry.id for entry in settings.models]
     body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello"}]})
     key = " -H 'authorization: Bearer KEY'" if settings.options.keys else ""
-    echo(f"erllama serves {', '.join(names)} on {url}. Ctrl-C stops it. Try it:")
+    try_it = f"Open {url}/ in a browser, or try it:" if settings.options.page else "Try it:"
+    echo(f"erllama serves {', '.join(names)} on {url}. Ctrl-C stops it. {try_it}")
     echo(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {_quoted(body)}")
     sys.stdout.flush()
 

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Scope
 from erllama._model.model import Model
 from erllama.cache import Cache
 from erllama.errors import OptionError
-from erllama.server import anthropic, llama_server, ollama, openai, responses
+from erllama.server import anthropic, llama_server, ollama, openai, page, responses
 from erllama.server.conduct.access_log import AccessLog
 from erllama.server.conduct.errors import ApiError, ErrorForm
 from erllama.server.conduct.hosts import HostCheck
@@ -83,7 +83,7 @@ def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:
 
 def all_endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of all APIs."""
-    apis = (openai, responses, anthropic, llama_server, ollama)
+    apis = (openai, responses, anthropic, llama_server, ollama, page)
     found = [endpoint for api in apis for endpoint in api.endpoints()]
     known = {each.path for each in found}
     shorter = [_without_prefix(each) for each in found if each.path in _ALSO_WITHOUT_PREFIX]
@@ -98,10 +98,12 @@ def make_app(server: Server) -> ASGIApp:
     """Return the application of a server."""
     endpoints = all_endpoints()
     endpoints.append(document_endpoint(endpoints, ERRORS))
-    routes = make_routes(endpoints, server)
     options = server.options
+    if options.page:
+        endpoints += page.page_endpoints()
+    routes = make_routes(endpoints, server)
     middleware = [
-        Middleware(AccessLog, server.metrics.count),
+        Middleware(AccessLog, server.count),
         Middleware(HostCheck, options.allowed_hosts, options.cors_origins, _refuse),
         Middleware(RefuseUpgrades, _refuse),
     ]

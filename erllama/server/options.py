@@ -38,6 +38,7 @@ class ServerOptions:
         memory_wait: seconds for which a request waits until models in use make room for its model.
         memory_pressure: used fraction of the machine's memory, or of a cgroup's limit, from which idle models are
             unloaded, the least recently used first. 1.0 for never.
+        page: serve the chat page at `/`.
         slots: answer `/slots`, which shows how many requests run.
         metrics: answer `/metrics`.
         max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`. 0 for none.
@@ -62,6 +63,7 @@ class ServerOptions:
     memory_limit: int | str | None = None
     memory_wait: float = 30.0
     memory_pressure: float = 0.95
+    page: bool = True
     slots: bool = True
     metrics: bool = True
 
@@ -79,7 +81,7 @@ class ServerOptions:
         real("memory_pressure", self.memory_pressure, 0.01, 1.0)
         for name in ("restart_wait", "shutdown_seconds", "memory_wait"):
             real(name, getattr(self, name), 0.0)
-        for name in ("log_prompts", "drop_unstable_headers", "slots", "metrics"):
+        for name in ("log_prompts", "drop_unstable_headers", "page", "slots", "metrics"):
             boolean(name, getattr(self, name))
         if not isinstance(self.state_dir, str | Path | None):
             raise OptionError(f"state_dir={shown(self.state_dir)}; pass the path of a directory, or None")

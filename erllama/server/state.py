@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from erllama.server.conduct.metrics import ModelReading, ServerMetrics
+from erllama.server.conduct.keys import ApiKey
+from erllama.server.conduct.metrics import EndedCall, ModelReading, ServerMetrics
 from erllama.server.conduct.prefix_watch import PrefixWatch
 from erllama.server.conduct.rate_limits import RateLimits
+from erllama.server.hit_history import HitHistory
 from erllama.server.models import ModelPool
 from erllama.server.options import ServerOptions
 from erllama.server.stored_responses import ResponseStore
@@ -26,6 +28,7 @@ class Server:
         prefixes: recent prompts, to find conversations whose prefix changes.
         is_stopping: whether the server accepts no further requests.
         claimed_sessions: the sessions of running requests that clients suggested; see `replies.sessions`.
+        history: how much of the prompts the cache had, over time.
         metrics: what it has done. `metrics.registry` is for `GET /metrics`.
     """
 
@@ -37,10 +40,17 @@ class Server:
     responses: ResponseStore = field(default_factory=ResponseStore)
     is_stopping: bool = False
     claimed_sessions: set[tuple[str, str | None, str]] = field(default_factory=set)
+    history: HitHistory = field(default_factory=HitHistory)
     metrics: ServerMetrics = field(init=False)
 
     def __post_init__(self) -> None:
         self.metrics = ServerMetrics(self._read_models, lambda: self.models.lifecycle.room.limit)
+
+    def count(self, call: EndedCall | None, key: ApiKey | None, status: int, seconds: float) -> None:
+        """Count a request that ended. Arguments as of `ServerMetrics.count`."""
+        self.metrics.count(call, key, status, seconds)
+        if call is not None and call.model and call.prompt_tokens:
+            self.history.add(call.model, call.prompt_tokens, call.cached_tokens, call.completion_tokens)
 
     def _read_models(self) -> Iterable[ModelReading]:
         lifecycle = self.models.lifecycle

@@ -62,6 +62,16 @@ def test_the_wheel_holds_one_top_level_name_and_its_libraries(wheel: Path) -> No
     assert "-abi3-" in wheel.name
 
 
+def test_the_wheel_holds_the_files_of_the_chat_page(wheel: Path) -> None:
+    folder = "erllama/server/page/static/"
+    with zipfile.ZipFile(wheel) as archive:
+        held = {
+            name.removeprefix(folder): archive.read(name) for name in archive.namelist() if name.startswith(folder)
+        }
+    assert held == {path.name: path.read_bytes() for path in (ROOT / folder).iterdir()}
+    assert "index.html" in held
+
+
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment away from the checkout that has the wheel and, from this one, what it depends on."""

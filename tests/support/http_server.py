@@ -94,7 +94,7 @@ def running(
     **options: object,
 ) -> Iterator[RunningServer]:
     """Run a server of some models in a thread."""
-    listening = ListenOptions(port=0, **(listen or {}))  # type: ignore[arg-type]
+    listening = ListenOptions(**{"port": 0, **(listen or {})})  # type: ignore[arg-type]
     state = make_server(models, ServerOptions.of(options))
     bound = listening.bind()
     server = uvicorn.Server(uvicorn_config(state, listening))

@@ -1,0 +1,395 @@
+// Starts the page: the conversations at the side, the composer, the views, the dialogs and the keys.
+
+import { getJson, getKey, setKey } from "./api.js";
+import { CacheView } from "./cache.js";
+import * as store from "./conversations.js";
+import { button, byId, element } from "./dom.js";
+import { MessageList, lastMessageId, lastUserMessage } from "./messages.js";
+import { plural } from "./numbers.js";
+import { Replies } from "./replies.js";
+import { showSettings } from "./settings.js";
+
+const THEMES = ["system", "light", "dark"];
+const message = byId("message");
+const model = byId("model");
+let conversations = store.loadAll();
+let current = conversations[0] ?? store.newConversation();
+let models = [];
+let dialogConversation = null;
+
+const list = new MessageList(byId("messages"), byId("scroller"), {
+  edit: (old, content) => reply(store.addMessage(current, old.parent, { role: "user", content }).id),
+  regenerate: (old) => reply(old.parent),
+  retry: (old) => {
+    if (!old.content && !old.thinking && !old.calls?.length) store.removeLeaf(current, old);
+    reply(old.parent);
+  },
+  choose: (sibling, name) => {
+    current.chosen[sibling.parent] = sibling.id;
+    keep(current);
+    show();
+    list.focusOn(sibling.id, name);
+  },
+  sendResults: (old, results) => {
+    let parent = old.id;
+    for (const { call, text } of results) {
+      parent = store.addMessage(current, parent, { role: "tool", content: text, callId: call.id, name: call.name }).id;
+    }
+    reply(parent);
+  },
+});
+
+const replies = new Replies({
+  onStart: ({ conversation }) => {
+    keep(conversation);
+    say("Waiting for the first token…");
+    if (conversation === current) show({ toEnd: true });
+  },
+  onChange: ({ conversation, message: changed }) => {
+    if (changed.content || changed.calls) say("Writing…");
+    else if (changed.thinking) say("Thinking…");
+    if (conversation === current) list.update(changed);
+  },
+  onEnd: (ended) => {
+    say(endText(ended));
+    if (ended.needsKey) askForKey();
+    if (ended.conversation !== current) return showConversations();
+    const atEnd = list.isAtEnd();
+    show({ toEnd: atEnd });
+    if (ended.message.calls?.length && ended.message.state === "done") byId("result-0")?.focus();
+    else if (document.activeElement === document.body) message.focus();
+  },
+  onNotice: notice,
+});
+
+function endText({ message: { state, figures } }) {
+  if (state === "failed") return "The reply failed.";
+  if (state === "stopped") return "Stopped.";
+  return figures?.reply ? `Reply complete, ${plural(figures.reply, "token")}.` : "Reply complete.";
+}
+
+/** Announce what happens. Once for each state, and not for each token: screen readers read it aloud. */
+function say(text) {
+  const status = byId("status");
+  if (status.textContent !== text) status.textContent = text;
+}
+
+function notice(text) {
+  byId("notice").textContent = text;
+  byId("notice").hidden = !text;
+}
+
+function keep(conversation) {
+  notice(store.save(conversation));
+  if (!conversations.includes(conversation)) {
+    conversations = [conversation, ...conversations.filter((each) => each.id !== conversation.id)];
+  }
+}
+
+// --- the conversation -----------------------------------------------------------------------------
+
+function show({ toEnd = false } = {}) {
+  const running = replies.runningMessage(current);
+  list.show(current, running);
+  byId("send").hidden = running !== null;
+  byId("stop").hidden = running === null;
+  showConversations();
+  showModel();
+  if (toEnd) list.scrollToEnd();
+}
+
+function reply(parent) {
+  list.editing = null;
+  return replies.run(current, parent);
+}
+
+function open(conversation) {
+  current = replies.liveConversation(conversation.id) ?? conversation;
+  list.editing = null;
+  say("");
+  show({ toEnd: true });
+  drawSettings();
+  toggleSidebar(false);
+}
+
+function startConversation() {
+  open(store.newConversation(current.settings));
+  if (location.hash === "#cache") location.hash = "#chat";
+  message.focus();
+}
+
+function submit() {
+  const text = message.value;
+  if (!text.trim() || replies.runningMessage(current)) return;
+  message.value = "";
+  fitMessage();
+  reply(store.addMessage(current, lastMessageId(current), { role: "user", content: text }).id);
+}
+
+function fitMessage() {
+  message.style.height = "auto";
+  message.style.height = `${Math.min(message.scrollHeight, window.innerHeight * 0.4)}px`;
+}
+
+// --- the side -------------------------------------------------------------------------------------
+
+function showConversations() {
+  const sorted = [...conversations].sort((one, other) => other.updated - one.updated);
+  const focused = document.activeElement?.closest("[data-conversation]")?.dataset.conversation;
+  byId("conversations").replaceChildren(...sorted.map(conversationItem));
+  if (focused) byId("conversations").querySelector(`[data-conversation="${focused}"] button`)?.focus();
+}
+
+function conversationItem(conversation) {
+  const title = store.titleOf(conversation);
+  const isCurrent = conversation.id === current.id;
+  const state = replies.runningMessage(conversation) ? element("span", { class: "dot", role: "img", "aria-label": "writing" }) : null;
+  return element(
+    "li",
+    { "data-conversation": conversation.id, class: isCurrent ? "current" : null },
+    element("button", { type: "button", class: "open", "aria-current": isCurrent ? "true" : null, onclick: () => open(conversation) }, element("span", {}, title), state),
+    button("···", () => askAbout(conversation), { class: "more", "aria-label": `Rename, export or delete: ${title}` }),
+  );
+}
+
+function toggleSidebar(isOpen) {
+  byId("sidebar").classList.toggle("open", isOpen);
+  byId("menu").setAttribute("aria-expanded", String(isOpen));
+}
+
+function askAbout(conversation) {
+  dialogConversation = conversation;
+  byId("conversation-name").value = store.titleOf(conversation);
+  byId("conversation-delete").textContent = "Delete";
+  byId("conversation-dialog").showModal();
+  byId("conversation-name").select();
+}
+
+function deleteConversation() {
+  const { id } = dialogConversation;
+  const ask = byId("conversation-delete");
+  if (ask.textContent === "Delete") {
+    ask.textContent = "Delete for good";
+    return;
+  }
+  replies.forget(id);
+  store.remove(id);
+  conversations = conversations.filter((each) => each.id !== id);
+  byId("conversation-dialog").close();
+  if (current.id === id) open(conversations[0] ?? store.newConversation(current.settings));
+  else showConversations();
+}
+
+function download(chosen, name) {
+  const url = URL.createObjectURL(new Blob([store.exportText(chosen)], { type: "application/json" }));
+  const link = element("a", { href: url, download: `${name.replace(/[^\p{L}\p{N} _-]/gu, "").trim().slice(0, 60) || "conversation"}.json` });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
+}
+
+async function importFile(file) {
+  try {
+    if (file.size > store.MAX_IMPORT_BYTES) throw new Error("This file is larger than 64 MiB, more than a browser stores.");
+    const imported = store.importText(await file.text());
+    for (const conversation of imported) keep(conversation);
+    if (imported.length) open(imported[0]);
+    say(`Imported ${plural(imported.length, "conversation")}.`);
+  } catch (error) {
+    notice(error.message);
+  }
+}
+
+// --- models, settings, key ------------------------------------------------------------------------
+
+async function loadModels() {
+  try {
+    models = (await getJson("/v1/models")).data;
+    notice("");
+  } catch (error) {
+    if (error.status === 401) askForKey();
+    else notice(error.message);
+  }
+  showModel();
+}
+
+function showModel() {
+  const chosen = current.settings.model;
+  const names = models.map((each) => each.id);
+  if (chosen && names.length && !names.includes(chosen)) names.push(chosen);
+  model.replaceChildren(...names.map((name) => element("option", { value: name }, name)));
+  model.value = chosen ?? names[0] ?? "";
+  model.hidden = !names.length;
+}
+
+function drawSettings() {
+  if (byId("settings").hidden) return;
+  const conversation = current;
+  const onChange = () => {
+    if (conversation.messages.length) keep(conversation);
+  };
+  showSettings(byId("settings"), conversation.settings, onChange, () => toggleSettings(false));
+}
+
+function toggleSettings(isOpen) {
+  byId("settings").hidden = !isOpen;
+  byId("settings-toggle").setAttribute("aria-expanded", String(isOpen));
+  if (!isOpen) {
+    byId("settings-toggle").focus();
+    return;
+  }
+  drawSettings();
+  byId("setting-system").focus({ preventScroll: true });
+}
+
+function askForKey() {
+  const wasWrong = getKey() !== "";
+  byId("key-title").textContent = wasWrong ? "The server does not know this key" : "This server needs a key";
+  if (!byId("key-dialog").open) byId("key-dialog").showModal();
+}
+
+// --- theme and views ------------------------------------------------------------------------------
+
+function showTheme(theme) {
+  if (theme === "system") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme;
+  byId("theme").setAttribute("aria-label", `Theme: ${theme}`);
+  byId("theme").title = `Theme: ${theme}`;
+}
+
+function nextTheme() {
+  const theme = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme ?? "system") + 1) % THEMES.length];
+  showTheme(theme);
+  try {
+    localStorage.setItem("erllama.theme", theme);
+  } catch {
+    // It lasts until the page is left.
+  }
+}
+
+const cacheView = new CacheView(byId("cache"), (error) => {
+  if (error.status === 401) askForKey();
+});
+
+function showView() {
+  const isCache = location.hash === "#cache";
+  byId("chat").hidden = isCache;
+  byId("sidebar").hidden = isCache;
+  byId("menu").hidden = isCache;
+  byId("settings-toggle").hidden = isCache;
+  model.classList.toggle("out", isCache);
+  if (isCache) byId("settings").hidden = true;
+  byId("settings-toggle").setAttribute("aria-expanded", String(!byId("settings").hidden));
+  document.querySelector(".skip").hidden = isCache;
+  for (const [id, isShown] of [["to-chat", !isCache], ["to-cache", isCache]]) {
+    if (isShown) byId(id).setAttribute("aria-current", "page");
+    else byId(id).removeAttribute("aria-current");
+  }
+  document.title = isCache ? "Cache – erllama" : "erllama";
+  cacheView.show(isCache);
+}
+
+// --- events ---------------------------------------------------------------------------------------
+
+const SHORTCUTS = {
+  KeyN: startConversation,
+  KeyR: () => {
+    const last = store.shownMessages(current).at(-1);
+    if (last?.role === "assistant") reply(last.parent);
+  },
+  KeyS: () => toggleSettings(byId("settings").hidden),
+  KeyV: () => {
+    location.hash = location.hash === "#cache" ? "#chat" : "#cache";
+  },
+};
+
+function onKey(event) {
+  const isPlainAlt = event.altKey && !event.ctrlKey && !event.metaKey && !event.shiftKey;
+  if (document.querySelector("dialog[open]")) return;
+  if (isPlainAlt && SHORTCUTS[event.code]) {
+    event.preventDefault();
+    SHORTCUTS[event.code]();
+  } else if (event.key === "Escape") {
+    if (byId("sidebar").classList.contains("open")) toggleSidebar(false);
+    else replies.stop(current);
+  }
+}
+
+function onMessageKey(event) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    submit();
+  } else if (event.key === "ArrowUp" && message.value === "") {
+    const last = lastUserMessage(current);
+    if (!last || replies.runningMessage(current)) return;
+    event.preventDefault();
+    list.edit(last);
+  }
+}
+
+function onStorage(event) {
+  const id = store.changedConversation(event);
+  if (id === null || replies.liveConversation(id)) return;
+  const changed = store.load(id);
+  conversations = conversations.filter((each) => each.id !== id);
+  if (changed) conversations.push(changed);
+  if (changed && current.id === id && list.editing === null) {
+    current = changed;
+    show();
+  } else showConversations();
+}
+
+function connect() {
+  const on = (id, name, handler) => byId(id).addEventListener(name, handler);
+  const cancelling = (handler) => (event) => {
+    event.preventDefault();
+    handler();
+  };
+  on("composer", "submit", cancelling(submit));
+  on("message", "keydown", onMessageKey);
+  on("message", "input", fitMessage);
+  on("stop", "click", () => {
+    replies.stop(current);
+    message.focus();
+  });
+  on("new", "click", startConversation);
+  on("menu", "click", () => toggleSidebar(!byId("sidebar").classList.contains("open")));
+  on("import", "click", () => byId("import-file").click());
+  on("import-file", "change", ({ target }) => {
+    if (target.files.length) importFile(target.files[0]);
+    target.value = "";
+  });
+  on("export", "click", () => download(conversations, "erllama conversations"));
+  on("model", "change", () => {
+    current.settings.model = model.value;
+    if (current.messages.length) keep(current);
+  });
+  on("settings-toggle", "click", () => toggleSettings(byId("settings").hidden));
+  on("theme", "click", nextTheme);
+  on("help", "click", () => byId("help-dialog").showModal());
+  on("key-form", "submit", () => {
+    setKey(byId("key").value.trim());
+    byId("key").value = "";
+    loadModels();
+    cacheView.refreshWhileShown();
+  });
+  on("conversation-form", "submit", () => {
+    dialogConversation.title = byId("conversation-name").value.trim();
+    keep(dialogConversation);
+    showConversations();
+  });
+  on("conversation-delete", "click", deleteConversation);
+  on("conversation-export", "click", () => download([dialogConversation], store.titleOf(dialogConversation)));
+  on("conversation-cancel", "click", () => byId("conversation-dialog").close());
+  byId("scroller").parentElement.addEventListener("click", () => toggleSidebar(false));
+  document.addEventListener("keydown", onKey);
+  window.addEventListener("hashchange", showView);
+  window.addEventListener("storage", onStorage);
+  window.addEventListener("pagehide", () => replies.saveAll());
+}
+
+connect();
+showTheme(document.documentElement.dataset.theme ?? "system");
+show({ toEnd: true });
+showView();
+loadModels();
+if (!byId("chat").hidden && matchMedia("(hover: hover)").matches) message.focus();

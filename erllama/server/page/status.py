@@ -1,0 +1,135 @@
+"""`GET /erllama/status`: the tiers of the cache, how much of the prompts it had over time, pins, and the models.
+
+A client with a key sees the models that its key may use. Paths are left out: the answer goes to other machines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Iterable, Sequence
+
+from starlette.responses import Response
+
+import erllama
+from erllama._model.info import ModelInfo
+from erllama.cache import Cache, TierStatus
+from erllama.server.conduct.bodies import Json
+from erllama.server.endpoints import Call, Endpoint, NoBody, json_response
+from erllama.server.hit_history import INTERVAL_SECONDS, Counts, HitHistory
+from erllama.server.models import ConfiguredModel
+from erllama.server.replies.openai_errors import ERRORS
+
+# Tiers in the memory of a process. Each model in a process of its own adds its own.
+_IN_MEMORY = ("live", "ram")
+
+
+def endpoints() -> list[Endpoint[NoBody]]:
+    """Return the endpoint of this module."""
+    summary = "Describe the cache and the models."
+    return [Endpoint("GET", "/erllama/status", NoBody, answer, ERRORS, summary, computes=False)]
+
+
+async def answer(call: Call, body: NoBody) -> Response:
+    """Answer with the status."""
+    pool = call.server.models
+    models = await pool.describe_all(call.allowed_models())
+    loaded = [model.served.model.cache for model, _ in models if model.served is not None]
+    caches = {id(cache): cache for cache in (pool.cache, *loaded)}  # with that of models that are not loaded
+    # In a thread: models in processes of their own report what they have.
+    tiers, pins = await asyncio.to_thread(lambda: (_tiers(caches.values()), _pins(list(caches.values()))))
+    values: Json = {
+        "version": erllama.__version__,
+        "time": time.time(),
+        "tiers": tiers,
+        **_hits(call.server.history, {model.name for model, _ in models}),
+        "models": [_model(model, described.info) for model, described in models],
+    }
+    if pins is not None:
+        values["pins"] = pins
+    return json_response(values)
+
+
+def _tiers(caches: Iterable[Cache]) -> list[Json]:
+    """Return the tiers, from fast to slow. Each directory is one, and so is the memory of all processes."""
+    groups: dict[tuple[object, ...], list[TierStatus]] = {}
+    for cache in caches:
+        for status in cache.tiers():
+            place = (status.tier,) if status.tier in _IN_MEMORY else (status.tier, status.location)
+            groups.setdefault(place, []).append(status)
+    return [_tier(statuses) for statuses in groups.values()]
+
+
+def _tier(statuses: Sequence[TierStatus]) -> Json:
+    return {
+        "tier": statuses[0].tier,
+        "places": len(statuses),
+        "bytes": sum(status.n_bytes for status in statuses),
+        "limit": sum(status.budget for status in statuses),
+        "blocks": sum(status.n_blocks for status in statuses),
+        "read_only": all(status.read_only for status in statuses),
+        "failed": any(status.error is not None for status in statuses),
+    }
+
+
+def _pins(caches: Sequence[Cache]) -> list[Json] | None:
+    """Return the pins of the caches; None if this version of the cache has none."""
+    found: list[Json] = []
+    for cache in caches:
+        read = getattr(cache, "pins", None)
+        if read is None:
+            return None
+        found += [
+            {
+                "name": pin.name,
+                "model": pin.model,
+                "tokens": pin.n_tokens,
+                "bytes": pin.n_bytes,
+                "created": pin.created,
+                "expires": pin.expires,
+            }
+            for pin in read()
+        ]
+    return found
+
+
+def _hits(history: HitHistory, models: Collection[str]) -> Json:
+    """Return the counts of requests of some models: all of them, and those of each interval."""
+    intervals = [(began, _sum(counts, models)) for began, counts in history.intervals]
+    return {
+        "totals": _sum(history.totals, models)._asdict(),
+        "history": {
+            "interval_seconds": INTERVAL_SECONDS,
+            "intervals": [{"began": began, **sums._asdict()} for began, sums in intervals if sums.requests],
+        },
+    }
+
+
+def _sum(counts: dict[str, Counts], models: Collection[str]) -> Counts:
+    found = Counts()
+    for model, each in counts.items():
+        if model in models:
+            found = found.plus(each)
+    return found
+
+
+def _model(model: ConfiguredModel, info: ModelInfo) -> Json:
+    served = model.served
+    values: Json = {
+        "name": model.name,
+        "aliases": [alias for alias in model.aliases if alias != "*"],
+        "state": "restarting" if served is not None and not info.pid else model.state,
+        "memory_bytes": model.memory,
+        "n_ctx": info.n_ctx,
+        "slots": {
+            "total": info.n_seq_max,
+            "running": info.queue_depth,
+            "waiting": len(model.waiters) + info.pending,
+        },
+        "expires_in": model.expires_in,
+        "restarts": 0 if served is None else served.model.restarts,
+        "uses_cache": not info.cache_problem,
+    }
+    if model.state == "loading":
+        values["progress"] = round(model.progress, 3)
+    return values
