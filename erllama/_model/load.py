@@ -10,6 +10,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, cast
@@ -288,7 +289,7 @@ def check_load_options(options: Mapping[str, object]) -> LlamaOptions:
 def _llama_option_names() -> tuple[str, ...]:
     from erllama.engine.backends.llama_options import LlamaOptions
 
-    return LlamaOptions.__slots__  # type: ignore[attr-defined, no-any-return]
+    return tuple(each.name for each in fields(LlamaOptions))
 
 
 def _largest_limits(options: LlamaOptions) -> Limits:
