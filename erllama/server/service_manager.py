@@ -1,4 +1,4 @@
-"""Reports the state of the server to systemd, with the protocol of `sd_notify`: a datagram to $NOTIFY_SOCKET.
+"""Reports the state of the server to systemd, with its notification protocol: a datagram to $NOTIFY_SOCKET.
 
 Without that variable, as outside of a unit with `Type=notify`, reports are dropped.
 """
