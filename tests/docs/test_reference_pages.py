@@ -185,13 +185,11 @@ def test_the_metrics_of_the_server_are_listed() -> None:
 
     from erllama.server.conduct.metrics import ServerMetrics
 
-    text = generate_latest(ServerMetrics(list).registry).decode()
+    text = generate_latest(ServerMetrics(list, lambda: 1).registry).decode()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE))
-    expected = {
-        name: kind
-        for name, kind in kinds.items()
-        if name.startswith(("vllm:", "erllama_http", "erllama_prefix", "erllama_reloads"))
-    } | {"erllama_request_errors_total": "counter"}
+    of_server = ("vllm:", "erllama_http", "erllama_prefix", "erllama_reloads", "erllama_model_", "erllama_memory")
+    expected = {name: kind for name, kind in kinds.items() if name.startswith(of_server)}
+    expected["erllama_request_errors_total"] = "counter"
     rows = tables("docs/server/running.md")["Metrics"]
     assert {name_of(row[0]): row[1] for row in rows} == expected
 

@@ -83,6 +83,23 @@ def test_a_failed_load_fails_its_requests_and_the_next_one_tries_again() -> None
     assert stubs.pool.lifecycle.load_failures == {"a": 1}
 
 
+def test_a_model_that_has_failed_is_loaded_again() -> None:
+    stubs = StubPool("a", "b")
+
+    async def test() -> None:
+        await stubs.touch("a")
+        model = await stubs.use("a")
+        model.unload()  # as its process does that ended too often
+        request = asyncio.create_task(stubs.use("a"))
+        await asyncio.sleep(0.02)
+        assert not request.done()
+        stubs.pool.release(stubs["a"])
+        assert (await request).complete([1], max_tokens=1).tokens
+
+    stubs.run(test)
+    assert stubs.unloads() == {("a", "failed"): 1}
+
+
 def test_a_load_in_progress_ends_when_the_server_stops() -> None:
     stubs = StubPool("a", "b")
 
@@ -249,6 +266,19 @@ def test_a_model_that_stays_busy_keeps_its_place_and_the_other_is_refused() -> N
     stubs.run(test)
 
 
+def test_idle_models_make_room_for_a_request_that_does_not_wait() -> None:
+    stubs = StubPool("a", "b", memory_limit=10, memory_wait=0.0)
+
+    async def test() -> None:
+        for name in "abab":
+            await stubs.touch(name)
+        await stubs.use("b")
+        with pytest.raises(ApiError, match="try again once these are idle"):
+            await stubs.use("a")
+
+    stubs.run(test)
+
+
 def test_a_model_larger_than_the_limit_is_refused_at_once() -> None:
     stubs = StubPool("a", stub_entry("b", n_bytes=30 << 20), memory_limit=20 << 20)
 
@@ -368,14 +398,14 @@ def test_removed_models_finish_their_requests_and_are_unloaded() -> None:
 
 
 def test_a_model_with_other_options_is_loaded_again_once_it_is_idle() -> None:
-    stubs = StubPool("a", "b")
+    stubs = StubPool("a", "b", memory_limit=40)
 
     async def test() -> None:
         before, model = stubs["a"], await stubs.use("a")
         assert stubs.pool.reconfigure([stub_entry("a", n_bytes=15), stub_entry("b")]) == ((), (), ("a",))
         request = asyncio.create_task(stubs.use("a"))
         await asyncio.sleep(0.05)
-        assert not request.done()  # the old one has the name and the memory
+        assert not request.done()  # the old one has the name
         assert model.complete([1], max_tokens=1).tokens
         stubs.pool.release(before)
         assert await request is not model

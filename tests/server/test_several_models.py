@@ -331,6 +331,7 @@ def test_the_command_serves_more_models_than_fit(
                 "unloaded",
             ]
         server.stop()
+    assert [line["load_seconds"] > 0 for line in server.access_lines() if "model" in line][:6] == [True] * 6  # type: ignore[operator]
     assert "Traceback" not in server.log.read_text()
     gone = command("ps", "--port", port)
     assert (gone.status, "no server answers" in gone.err) == (1, True)

@@ -11,7 +11,7 @@ from erllama.server.models.entry import ModelEntry
 from erllama.server.models.served import ServedModel
 
 State = Literal["unloaded", "loading", "loaded", "unloading"]
-UnloadReason = Literal["keep_alive", "memory", "pressure", "request", "configuration"]
+UnloadReason = Literal["keep_alive", "memory", "pressure", "request", "configuration", "failed"]
 
 
 class ConfiguredModel:

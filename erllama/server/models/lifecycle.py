@@ -76,6 +76,8 @@ class Lifecycle:
         Raises:
             ApiError: the model cannot be loaded, or does not fit the memory.
         """
+        if model.is_ready and _has_failed(model):
+            self.unload_when_idle(model, "failed")
         if model.is_ready:
             model.n_running += 1
         else:
@@ -314,6 +316,17 @@ class Lifecycle:
     def cancel_loads(self) -> None:
         """Let the loads in progress end with an error, so that the server can stop."""
         self._closing = True
+
+
+def _has_failed(model: ConfiguredModel) -> bool:
+    """Return whether a loaded model cannot compute any more, such as one whose process ended too often."""
+    if model.entry is None or model.served is None:
+        return False
+    try:
+        model.served.model._runner.check()
+    except Error:
+        return True
+    return False
 
 
 def _answer(model: ConfiguredModel, error: Exception) -> ApiError:
