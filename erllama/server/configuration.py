@@ -235,10 +235,10 @@ class _Reader:
     def _entries(self, sections: Mapping[str, object], name: str) -> list[tuple[Place, Mapping[str, object]]]:
         """Return the sections of a list, each with its place."""
         entries = sections.get(name, [])
-        with self._at((name,)):
-            if not isinstance(entries, list) or not all(isinstance(each, Mapping) for each in entries):
-                raise OptionError(f"{name} must be a list of sections, [[{name}]]")
+        if isinstance(entries, list) and all(isinstance(each, Mapping) for each in entries):
             return [((name, index), entry) for index, entry in enumerate(entries)]
+        error = OptionError(f"{name} must be a list of sections, [[{name}]]")
+        self._mistakes.add(error, self._path, self._line((name,)), name)
         return []
 
     def _known(

@@ -1,4 +1,4 @@
-"""Reports the state of the server to systemd, with the protocol of `sd_notify`: a datagram to $NOTIFY_SOCKET.
+"""Reports the state of the server to systemd, with its notification protocol: a datagram to $NOTIFY_SOCKET.
 
 Without that variable, as outside of a unit with `Type=notify`, reports are dropped.
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 log = logging.getLogger("erllama.server")
 
-_VARIABLE = "NOTIFY_SOCKET"
+VARIABLE = "NOTIFY_SOCKET"
 
 
 def report_ready(environment: Mapping[str, str] = os.environ) -> None:
@@ -32,7 +32,7 @@ def report_stopping(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _send(state: str, environment: Mapping[str, str]) -> None:
-    address = environment.get(_VARIABLE, "")
+    address = environment.get(VARIABLE, "")
     if not address:
         return
     if address.startswith("@"):  # an abstract socket of Linux
@@ -42,4 +42,4 @@ def _send(state: str, environment: Mapping[str, str]) -> None:
             sender.connect(address)
             sender.sendall(state.encode())
     except OSError as error:
-        log.warning("cannot report to the service manager at %s: %s", environment[_VARIABLE], error)
+        log.warning("cannot report to the service manager at %s: %s", environment[VARIABLE], error)

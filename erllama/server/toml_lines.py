@@ -1,4 +1,4 @@
-"""Lines of a TOML file: which line sets an option. `tomllib` returns values without their lines."""
+"""Lines of a TOML file: which line sets an option. Python's parser returns values without their lines."""
 
 from __future__ import annotations
 

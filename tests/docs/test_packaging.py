@@ -121,8 +121,14 @@ NEED_EXTRAS = {
     "erllama.testing.backends.machine": "hypothesis",  # the extra `testing`
     "erllama.testing.cache_machine": "hypothesis",
 }
-# All modules of the server, and its command, need the extra `server`.
-SERVER_MODULES = ("erllama.server", "erllama.cli.serve")
+# All modules of the server, and its commands, need the extra `server`.
+SERVER_MODULES = (
+    "erllama.server",
+    "erllama.cli.serve",
+    "erllama.cli.running_server",
+    "erllama.cli.ps",
+    "erllama.cli.stop",
+)
 SERVER_PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 # Only a build of the wheel imports this module: it reads shim.h, which the wheel does not hold.
 ONLY_FOR_BUILDS = {"erllama.llama_ffi.build"}

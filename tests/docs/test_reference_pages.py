@@ -136,7 +136,7 @@ def test_the_environment_is_what_the_build_reads() -> None:
     assert set(re.findall(r"\b(?:ERLLAMA_[A-Z_]+|LLAMA_CPP_DIR)\b", sources)) == listed
     for source in (ROOT / folder for folder in ("erllama", "engine", "cache", "llama_ffi")):
         for path in source.rglob("*.py"):
-            if path.name != "key_files.py":  # keys of the server, below
+            if path.name not in ("key_files.py", "service_manager.py"):  # of the server, below
                 assert "os.environ" not in path.read_text(), f"{path}: document it in docs/configuration.md"
 
 
@@ -145,6 +145,12 @@ def test_the_variable_for_a_key_of_the_server_is_listed() -> None:
 
     for page in ("configuration.md", "cli.md", "server/running.md"):
         assert f"`{VARIABLE}`" in (DOCS / page).read_text()
+
+
+def test_the_variable_of_the_service_manager_is_listed() -> None:
+    from erllama.server.service_manager import VARIABLE
+
+    assert f"`{VARIABLE}`" in (DOCS / "configuration.md").read_text()
 
 
 def test_the_options_of_the_server_have_their_defaults() -> None:
@@ -157,7 +163,7 @@ def test_the_options_of_the_server_have_their_defaults() -> None:
     assert {name_of(row[0]): literal(row[1]) for row in rows} == options
 
 
-def test_the_configuration_file_of_the_page_is_valid(tmp_path: Path) -> None:
+def test_the_configuration_file_of_the_page_is_valid(tmp_path: Path, tiny_gguf: Path) -> None:
     from erllama.server.configuration import read_configuration
     from support.doc_pages import blocks
 
@@ -165,7 +171,11 @@ def test_the_configuration_file_of_the_page_is_valid(tmp_path: Path) -> None:
     (tmp_path / "erllama.toml").write_text(block.text)
     (tmp_path / "keys-of-the-team").write_text("one\n")
     (tmp_path / "keys-of-the-team").chmod(0o600)
+    (tmp_path / "models").mkdir()
+    for name in ("chat", "embeddings"):
+        (tmp_path / "models" / f"{name}.gguf").symlink_to(tiny_gguf)
     found = read_configuration(tmp_path / "erllama.toml", {"AGENT_KEY": "k"})
+    assert found.mistakes == ()
     assert [model.name for model in found.models] == ["chat", None]
     assert [key.name for key in found.keys] == ["agent", "keys-of-the-team:1"]
 
@@ -175,11 +185,11 @@ def test_the_metrics_of_the_server_are_listed() -> None:
 
     from erllama.server.conduct.metrics import ServerMetrics
 
-    text = generate_latest(ServerMetrics(list).registry).decode()
+    text = generate_latest(ServerMetrics(list, lambda: 1).registry).decode()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE))
-    expected = {
-        name: kind for name, kind in kinds.items() if name.startswith(("vllm:", "erllama_http", "erllama_prefix"))
-    } | {"erllama_request_errors_total": "counter"}
+    of_server = ("vllm:", "erllama_http", "erllama_prefix", "erllama_reloads", "erllama_model_", "erllama_memory")
+    expected = {name: kind for name, kind in kinds.items() if name.startswith(of_server)}
+    expected["erllama_request_errors_total"] = "counter"
     rows = tables("docs/server/running.md")["Metrics"]
     assert {name_of(row[0]): row[1] for row in rows} == expected
 

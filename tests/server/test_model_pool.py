@@ -266,6 +266,19 @@ def test_a_model_that_stays_busy_keeps_its_place_and_the_other_is_refused() -> N
     stubs.run(test)
 
 
+def test_idle_models_make_room_for_a_request_that_does_not_wait() -> None:
+    stubs = StubPool("a", "b", memory_limit=10, memory_wait=0.0)
+
+    async def test() -> None:
+        for name in "abab":
+            await stubs.touch(name)
+        await stubs.use("b")
+        with pytest.raises(ApiError, match="try again once these are idle"):
+            await stubs.use("a")
+
+    stubs.run(test)
+
+
 def test_a_model_larger_than_the_limit_is_refused_at_once() -> None:
     stubs = StubPool("a", stub_entry("b", n_bytes=30 << 20), memory_limit=20 << 20)
 

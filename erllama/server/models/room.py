@@ -84,19 +84,28 @@ class Room:
         if needed.total > self.limit:
             raise self._refused(model, needed, is_busy=False)
         if needed.total > self.limit - self.used:
+            deadline = asyncio.get_running_loop().time() + self._wait
             try:
-                async with asyncio.timeout(self._wait), self._lock:
-                    await self._make(model, needed)
+                async with asyncio.timeout_at(deadline):
+                    await self._lock.acquire()
+                try:
+                    await self._make(model, needed, deadline)
+                finally:
+                    self._lock.release()
             except TimeoutError:
                 raise self._refused(model, needed, is_busy=True) from None
         model.n_bytes = needed.total
 
-    async def _make(self, model: ConfiguredModel, needed: MemoryEstimate) -> None:
+    async def _make(self, model: ConfiguredModel, needed: MemoryEstimate, deadline: float) -> None:
+        """Wait until there is room. The deadline does not hold while unloads in progress make enough of it."""
         is_awaited = bool(model.waiters)
         try:
             while needed.total > self.limit - self.used:
                 self._choose(needed)
-                await self.changed.wait()
+                coming = sum(each.n_bytes for each in self._models if each.unloading)
+                is_enough = needed.total <= self.limit - self.used + coming
+                async with asyncio.timeout_at(None if is_enough else deadline):
+                    await self.changed.wait()
                 if is_awaited and not model.waiters:
                     raise NotAwaitedError
         finally:
