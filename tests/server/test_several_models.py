@@ -23,7 +23,7 @@ from erllama._runtime.printing import echo
 from erllama.engine.backends.memory_estimate import estimate_memory
 from erllama.server.models import ModelEntry, ModelPool
 from support.cli import Command, write_replying_model
-from support.http_server import RunningServer, chat_body, running, serve_command
+from support.http_server import CHAT, RunningServer, chat_body, running, serve_command
 from support.threads import wait_until
 
 N_REQUESTS = int(os.environ.get("ERLLAMA_MODEL_REQUESTS", "200"))
@@ -156,7 +156,7 @@ def test_requests_to_three_models_with_room_for_two_are_all_answered(server: Run
         name: found["erllama_model_loaded", name] for name in REPLIES
     }
     assert sum(evictions.values()) >= 3
-    assert found["erllama_model_load_failures_total", "huge"] == n_refused
+    assert bool(n_refused) <= found["erllama_model_load_failures_total", "huge"] <= n_refused  # some share a load
     assert ("erllama_model_loads_total", "huge") not in found or not found["erllama_model_loads_total", "huge"]
     used = sum(found["erllama_model_memory_bytes", name] for name in REPLIES)
     assert 0 < used < found["erllama_memory_limit_bytes",] * 1.2
@@ -331,7 +331,8 @@ def test_the_command_serves_more_models_than_fit(
                 "unloaded",
             ]
         server.stop()
-    assert [line["load_seconds"] > 0 for line in server.access_lines() if "model" in line][:6] == [True] * 6  # type: ignore[operator]
+    chats = [line for line in server.access_lines() if line["path"] == CHAT]
+    assert [line["load_seconds"] > 0 for line in chats] == [True] * 6  # type: ignore[operator]
     assert "Traceback" not in server.log.read_text()
     gone = command("ps", "--port", port)
     assert (gone.status, "no server answers" in gone.err) == (1, True)
