@@ -110,9 +110,8 @@ test-models: $(if $(ERLLAMA_TEST_MODEL),setup-dev,real-models)
 test-llama-server: setup-dev
 	$(BIN)/python -m scripts.llama_server_tests $(LLAMA_TESTS)
 
-# Codex and OpenCode against `erllama serve`, with scripted replies and with SmolLM2. Needs npm, git, and Linux on x86-64.
-# Fetches the agents first: 600 MB in the user's cache directory. AGENTS holds further arguments, as
-# AGENTS="--agent codex --model scripted".
+# Codex and OpenCode against `erllama serve`, with scripted replies. Needs npm, git, and Linux on x86-64. Fetches the
+# agents first: 600 MB in the user's cache directory. AGENTS holds further arguments, as AGENTS="--agent codex".
 agents: setup-dev
 	$(BIN)/python -m scripts.agents $(AGENTS)
 

@@ -11,22 +11,19 @@ from scripts.agents.agent import NEW_LINE, NOTES, PROMPTS, TEXT, Agent
 from scripts.agents.requests import Request, read_requests
 from scripts.agents.server import Server
 
-_TURN_SECONDS = 1800.0  # of a real model on a busy machine; an agent that takes longer hangs
+_TURN_SECONDS = 600.0  # on a busy machine; an agent that takes longer hangs
 
 
-def have_conversation(
-    agent: Agent, packages: Path, folder: Path, model: Path, n_ctx: int, *, scripted: bool
-) -> list[Request]:
+def have_conversation(agent: Agent, packages: Path, folder: Path, model: Path, n_ctx: int) -> list[Request]:
     """Let an agent answer each of PROMPTS, and return its requests.
 
-    Exits with a message if an agent fails, or if a scripted model's edit is not in the file.
+    Exits with a message if an agent fails, or if the model's edit is not in the file.
 
     Args:
         packages: of `install_agents`.
         folder: an empty folder, for the agent's home directory and for all files of the server.
-        model: a GGUF file.
+        model: a GGUF file with the agent's script.
         n_ctx: tokens of its context.
-        scripted: whether the model's replies are the agent's script.
     """
     home, work = folder / "home", folder / "work"
     home.mkdir()
@@ -41,7 +38,7 @@ def have_conversation(
             _run_turn(agent, packages, home, work, prompt, continues=turn > 1)
             server.wait_until_written()
             lines += [(turn, line) for line in server.access_lines()[n_before:]]
-    if scripted and not (work / NOTES).read_text().startswith(NEW_LINE):
+    if not (work / NOTES).read_text().startswith(NEW_LINE):
         sys.exit(f"{agent.title} did not edit {work / NOTES}; see the files in {folder}")
     return read_requests(lines)
 

@@ -1,6 +1,6 @@
-"""The models of the agents: one with scripted replies, and SmolLM2 with a chat template that writes tools.
+"""The model of the agents, which has scripted replies.
 
-The scripted model is a GGUF file on libllama, like any other. Its template ends a prompt with a token that stands
+It is a GGUF file on libllama, like any other. Its template ends a prompt with a token that stands
 for the step of the conversation, and the script of that step follows it.
 """
 
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -73,7 +71,7 @@ def write_scripted_model(path: Path, script: Script) -> Path:
     words = [*_WORDS, *(piece for reply in pieces for piece in reply)]
     special = ["<|im_start|>", "<|im_end|>", *replies]
     n_steps = {"first": len(script.first), "later": len(script.later)}
-    template = TEMPLATE.replace("n_steps = none", f"n_steps = {n_steps}")
+    template = TEMPLATE.replace("n_steps = {}", f"n_steps = {n_steps}")
     return write_scripted(path, follows, words=words, special=special, chat_template=template, n_ctx_train=1 << 17)
 
 
@@ -98,11 +96,3 @@ def _unique_pieces(texts: Sequence[str]) -> list[list[str]]:
                 open_piece = ""
         split.append(pieces)
     return split
-
-
-def write_real_model(path: Path, model: Path) -> Path:
-    """Write a copy of a model whose chat template writes tools."""
-    command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--force", "--chat-template", TEMPLATE]
-    command += [str(model), str(path)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return path

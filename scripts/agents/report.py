@@ -14,12 +14,11 @@ class Conversation(NamedTuple):
     """One conversation.
 
     Attributes:
-        agent, model: their titles.
+        agent: its title.
         requests: in order.
     """
 
     agent: str
-    model: str
     requests: Sequence[Request]
 
     def misses(self) -> list[Request]:
@@ -29,13 +28,13 @@ class Conversation(NamedTuple):
     def as_json(self) -> dict[str, object]:
         """Return the figures as values of JSON, without texts of prompts."""
         rows = [{**each._asdict(), "share": round(each.share, 4)} for each in self.requests]
-        return {"agent": self.agent, "model": self.model, "requests": rows}
+        return {"agent": self.agent, "requests": rows}
 
 
 def print_table(conversations: Sequence[Conversation]) -> None:
     """Print a row for each request."""
     for each in conversations:
-        print(f"\n{each.agent}, {each.model}. The server was killed and started again before turn 3.\n")
+        print(f"\n{each.agent}. The server was killed and started again before turn 3.\n")
         print("turn  prompt  cached  computed   share  first token  tier      reply")
         for request in each.requests:
             computed = request.prompt - request.cached

@@ -53,7 +53,7 @@ def test_a_changed_rendering_is_told_apart_from_changed_messages() -> None:
 
 def test_requests_below_the_share_are_misses(capsys: pytest.CaptureFixture[str]) -> None:
     requests = read_requests([line([SYSTEM], 1000, 0), line([SYSTEM], 1000, 949), line([SYSTEM], 1000, 950)])
-    conversation = Conversation("agent", "model", requests)
+    conversation = Conversation("agent", requests)
     assert conversation.misses() == [requests[1]]
     print_table([conversation])
     assert "94.9%" in capsys.readouterr().out
