@@ -28,6 +28,7 @@ OPTIONS = (
     "read_only",
     "tiers",
     "block_size",
+    "pin_quota",
     "write_queue",
     "pressure",
     "watch",
