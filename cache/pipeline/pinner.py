@@ -72,11 +72,12 @@ class Pinner:
             pin: the pin without its blocks.
             flush: writes all waiting saves.
         """
-        flush()
         target = self._target()
+        if not self._is_stored(target, namespace, raw, whole):
+            flush()
         with self._stored_prefix(namespace, raw, whole) as found:
             pin = pin._replace(blocks=pinned_blocks(found.blocks))
-            self._check_quota(target, pin, found, share)
+            self._check_quota(target, pin, found.blocks, share)
             if found.n_tokens < pin.n_tokens:
                 raise PinError(
                     f"{found.n_tokens} of the {pin.n_tokens} tokens of the prefix could be stored in the tier "
@@ -127,16 +128,21 @@ class Pinner:
         finally:
             unpin()
 
-    def _check_quota(self, target: TierLedger, pin: PinRecord, found: _Found, share: float) -> None:
+    def _is_stored(self, target: TierLedger, namespace: bytes, raw: bytes, whole: bool) -> bool:
+        """Return whether a tier has a whole prefix."""
+        with self._stored_prefix(namespace, raw, whole) as found, self._lock:
+            complete = found.n_tokens * TOKEN_BYTES == len(raw)
+            return complete and all(block.key in target for block in found.blocks)
+
+    def _check_quota(self, target: TierLedger, pin: PinRecord, blocks: Sequence[Block], share: float) -> None:
         """Raise PinQuotaExceeded if the pin exceeds the bytes that pins may protect.
 
-        Without all blocks, their size is estimated: the tier may lack room for them.
+        Args:
+            blocks: those of the pin that the tier may lack.
         """
         with self._lock:
-            usage = self._catalog.pin_book.usage_with(target, pin, self._sizes(target, found.blocks))
-            own = sum(self._sizes(target, found.blocks).values())
-        missing = own * pin.n_tokens // found.n_tokens - own if found.n_tokens else 0
-        n_bytes, quota = usage.n_bytes + max(missing, 0), int(usage.quota * share)
+            usage = self._catalog.pin_book.usage_with(target, pin, self._sizes(target, blocks))
+        n_bytes, quota = usage.n_bytes, int(usage.quota * share)
         if n_bytes <= quota:
             return
         self._counters.add("pins_refused")
@@ -191,7 +197,7 @@ class Pinner:
                         f"{len(lost)} of the {len(pin.blocks)} blocks of the prefix could not be stored in the tier "
                         f"{target.name!r}; check its budget"
                     )
-                self._check_quota(target, pin, _Found([], 0), share)
+                self._check_quota(target, pin, (), share)
                 if target.name == "ram":
                     self._pin_in_ram(target, pin)
             for root in roots:

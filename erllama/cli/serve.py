@@ -27,6 +27,7 @@ from erllama.server.configuration import Configuration, ModelEntry, read_configu
 from erllama.server.listening import ListenOptions, url_of
 from erllama.server.models import ServedModel
 from erllama.server.options import ServerOptions
+from erllama.server.pins import PinEntry, begin_pinning
 
 
 @click.command()
@@ -111,6 +112,8 @@ def serve(
             for entry in entries or [ModelEntry(path=erllama.demo_model())]
         ]
         server = make_server(served, options)
+        for each, pins in _pins_of(configuration.pins, served):
+            begin_pinning(each, pins, has_keys=bool(keys))
         from erllama.server.run import run  # uvicorn is imported only if all else is right
 
         run(server, listen, bound, lambda: _print_address(url_of(bound), served, bool(keys)))
@@ -146,6 +149,24 @@ def _load(
     extra = {**loading.extra, **entry.options, "process": process, "id": entry.name or entry.path.stem}
     with replace(loading, extra=extra).load(existing_path(entry.path), cache) as model:
         yield ServedModel(model, entry.aliases, entry.special_tokens_in_content, file=entry.path.name)
+
+
+def _pins_of(
+    pins: Sequence[PinEntry], served: Sequence[ServedModel]
+) -> Iterator[tuple[ServedModel, list[PinEntry]]]:
+    """Yield each model with its pins.
+
+    Raises:
+        OptionError: a pin names a model that the server does not have.
+    """
+    names = [(each.name, *each.aliases) for each in served]
+    for pin in pins:
+        if not any(pin.model in known for known in names):
+            raise erllama.OptionError(
+                f"a pin names the model {pin.model!r}; the server has {', '.join(each.name for each in served)}"
+            )
+    for each, known in zip(served, names, strict=True):
+        yield each, [pin for pin in pins if pin.model in known]
 
 
 @contextmanager

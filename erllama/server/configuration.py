@@ -1,6 +1,6 @@
 """Reads the configuration file of `erllama serve`, in TOML.
 
-Sections: `[server]`, `[[models]]`, `[[keys]]` and `[cache]`. Errors name the file and, where possible, the line.
+Sections: `[server]`, `[[models]]`, `[[keys]]`, `[[pins]]` and `[cache]`. Errors name the file and, where possible, the line.
 Relative paths start at the file's directory.
 """
 
@@ -24,9 +24,12 @@ from erllama.server.conduct.key_files import ENVIRONMENT, check_private, read_ke
 from erllama.server.conduct.keys import ApiKey
 from erllama.server.listening import ListenOptions
 from erllama.server.options import ServerOptions, texts
+from erllama.server.pins import OPTIONS as PIN_OPTIONS
+from erllama.server.pins import PinEntry
 
 T = TypeVar("T")
 
+_SECTIONS = ("server", "models", "keys", "pins", "cache")
 _SERVER = tuple(each.name for each in fields(ServerOptions) if each.name != "keys")
 _LISTEN = tuple(each.name for each in fields(ListenOptions))
 _KEY_SOURCES = ("key", "key_env", "key_file")
@@ -69,7 +72,7 @@ class Configuration:
         server: options of `ServerOptions`, by name, without keys.
         listen: options of `ListenOptions`, by name.
         access_log: a path, "stderr" or "none"; None if the file has no such option.
-        models, keys: as listed.
+        models, keys, pins: as listed.
         cache: options of `Cache`, by name.
     """
 
@@ -78,6 +81,7 @@ class Configuration:
     access_log: str | None = None
     models: tuple[ModelEntry, ...] = ()
     keys: tuple[ApiKey, ...] = ()
+    pins: tuple[PinEntry, ...] = ()
     cache: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -109,9 +113,9 @@ class _Reader:
                 {
                     name: value
                     for name, value in sections.items()
-                    if name not in ("server", "models", "keys", "cache")
+                    if name not in _SECTIONS
                 },
-                ("server", "models", "keys", "cache"),
+                _SECTIONS,
                 "the configuration",
             )
         server = self._table(sections, "server")
@@ -137,6 +141,7 @@ class _Reader:
             access_log=str(self._resolve(log)) if log not in (None, "stderr", "none") else log,
             models=tuple(self._each(sections, "models", self._model)),
             keys=tuple(key for keys in self._each(sections, "keys", self._keys) for key in keys),
+            pins=tuple(self._each(sections, "pins", self._pin)),
             cache={
                 name: self._cache_path(value) if name in _CACHE_PATHS else value for name, value in cache.items()
             },
@@ -186,6 +191,10 @@ class _Reader:
                 raise OptionError(f"key_env: the variable {value} is not set; set it to the key")
             limits.setdefault("name", value)
         return [ApiKey(secret=secret, **limits)]  # type: ignore[arg-type]
+
+    def _pin(self, entry: Mapping[str, object]) -> PinEntry:
+        self._refuse(entry, PIN_OPTIONS, "[[pins]]")
+        return PinEntry.of(entry, self._resolve)
 
     def _cache_path(self, value: object) -> object:
         """Return directories with absolute paths: one, a list, or a mapping to quotas."""

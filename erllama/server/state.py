@@ -10,6 +10,7 @@ from erllama.server.conduct.prefix_watch import PrefixWatch
 from erllama.server.conduct.rate_limits import RateLimits
 from erllama.server.models import ModelPool
 from erllama.server.options import ServerOptions
+from erllama.server.pins import ClientPins
 from erllama.server.stored_responses import ResponseStore
 
 
@@ -26,6 +27,7 @@ class Server:
         prefixes: recent prompts, to find conversations whose prefix changes.
         is_stopping: whether the server accepts no further requests.
         claimed_sessions: the sessions of running requests that clients suggested; see `replies.sessions`.
+        client_pins: pins the prefixes that clients ask for.
         metrics: what it has done. `metrics.registry` is for `GET /metrics`.
     """
 
@@ -37,6 +39,7 @@ class Server:
     responses: ResponseStore = field(default_factory=ResponseStore)
     is_stopping: bool = False
     claimed_sessions: set[tuple[str, str | None, str]] = field(default_factory=set)
+    client_pins: ClientPins = field(default_factory=ClientPins)
     metrics: ServerMetrics = field(init=False)
 
     def __post_init__(self) -> None:

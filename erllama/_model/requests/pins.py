@@ -29,6 +29,9 @@ from erllama.engine import Backend, Ticket
 from erllama.engine.kv.prefix_cache import prompt_namespace
 from erllama.errors import ChatError, OptionError, PinError, PinQuotaExceeded
 
+# How a prefix that is not stored is computed, in order. If its KV is in the context's cells and not stored any more,
+# only a computation in an empty context stores it.
+_ATTEMPTS = (False, True)
 _PROBES = ("a", "0")  # two messages that may follow; their prompts differ where their texts begin
 
 
@@ -69,15 +72,14 @@ class PinRequests:
     def run(self, prompt: Prompt | Messages, options: PinOptions, owner: object, *, share: float = 1.0) -> Pin:
         """Compute a prefix and pin it; `share` as of `Cache.pin_prefix`."""
         plan = self._plan(prompt, options, "pin", share)
-        self._requests.run(self._ticket(plan, owner))
-        try:
-            return self._store(plan)
-        except PinQuotaExceeded:
-            raise
-        except PinError:
-            # Its KV may be in the context's cells and not be stored any more. Then it is computed anew.
-            self._requests.run(self._ticket(plan, owner, anew=True))
-            return self._store(plan)
+        for anew in _ATTEMPTS:
+            try:
+                return self._store(plan)
+            except PinQuotaExceeded:
+                raise
+            except PinError:
+                self._requests.run(self._ticket(plan, owner, anew=anew))
+        return self._store(plan)
 
     async def run_async(
         self, prompt: Prompt | Messages, options: PinOptions, owner: object, *, share: float = 1.0
@@ -85,14 +87,14 @@ class PinRequests:
         """`run` for asyncio."""
         # Rendering templates and writing files would block the event loop.
         plan = await asyncio.to_thread(self._plan, prompt, options, "apin", share)
-        await self._requests.run_async(self._ticket(plan, owner))
-        try:
-            return await asyncio.to_thread(self._store, plan)
-        except PinQuotaExceeded:
-            raise
-        except PinError:
-            await self._requests.run_async(self._ticket(plan, owner, anew=True))
-            return await asyncio.to_thread(self._store, plan)
+        for anew in _ATTEMPTS:
+            try:
+                return await asyncio.to_thread(self._store, plan)
+            except PinQuotaExceeded:
+                raise
+            except PinError:
+                await self._requests.run_async(self._ticket(plan, owner, anew=anew))
+        return await asyncio.to_thread(self._store, plan)
 
     # --- planning
 
@@ -142,7 +144,8 @@ class PinRequests:
 
     # --- computing and storing
 
-    def _ticket(self, plan: _Plan, owner: object, *, anew: bool = False) -> Ticket:
+    def _ticket(self, plan: _Plan, owner: object, *, anew: bool) -> Ticket:
+        """Return the ticket of a prefix's computation; `anew`: in an empty context."""
         options: PrefillOptions = {**plan.prefill, "reproducible": True} if anew else plan.prefill
         return self._requests.ticket(plan.ids, self._requests.prefill_options(options, "pin"), owner)
 
