@@ -89,7 +89,10 @@ class Pinner:
                 self._store(target, pin, share)
             except (OSError, sqlite3.Error) as error:
                 raise PinError(f"the pin {pin.name!r} could not be stored: {error}") from error
-        return next(each for each in self.pins() if each.name == pin.name)
+        for each in self.pins():
+            if each.name == pin.name:
+                return each
+        raise PinError(f"the pin {pin.name!r} expired or was removed at once; pass a longer ttl")
 
     def _target(self) -> TierLedger:
         """Return the account of the tier that has the pins."""
@@ -237,7 +240,7 @@ class Pinner:
         """Read the blocks of a model's pins into the fastest tier, in the queue's thread."""
         with self._lock:
             ledgers = self._catalog.ledgers()
-            memory = ledgers.get("ram") or ledgers.get("ram_file")
+            memory = ledgers.get("ram", ledgers.get("ram_file"))
             keys = [
                 block.key
                 for ledger in ledgers.values()

@@ -160,6 +160,7 @@ class TierSet:
         try:
             tier.open()
             rows = tier.rows()
+            self.read_pins(tier)
             tier.watch(on_change)
         except Exception as error:
             self._record_error(tier, error)
@@ -167,7 +168,6 @@ class TierSet:
         self._errors.pop(tier, None)
         with self._lock:
             self.apply_changes(tier, Changes(list(rows), [], complete=True))
-            self.read_pins(tier)
         self._out_of_sync.discard(tier)
         return True
 

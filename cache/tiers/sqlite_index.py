@@ -114,9 +114,10 @@ class Index:
             self.texts = TextTable(connection, self._read)
             self.pins = PinTable(connection)
             self._last_data_version = self._data_version()
-            # A database with damaged pages often still opens: read every block, so that damage shows now.
+            # A database with damaged pages often still opens: read every block and pin, so that damage shows now.
             self._initial_rows: list[TierRow] | None
             self._last_change, self._initial_rows = read_blocks(self._reader)
+            self.pins.all(self._read_own)
             undo.pop_all()
 
     def _create(self, version: int) -> None:
