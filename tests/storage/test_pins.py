@@ -464,7 +464,7 @@ def test_pins_made_while_others_save_and_evict_are_whole(tmp_path: Path) -> None
         thread = threading.Thread(target=churn)
         thread.start()
         try:
-            for i in range(8):
+            for i in range(5):
                 for _ in range(20):
                     save(cache, ids(1000 * i), n_bytes=BYTES)
                     try:
@@ -480,7 +480,7 @@ def test_pins_made_while_others_save_and_evict_are_whole(tmp_path: Path) -> None
             stop.set()
             thread.join()
         assert failures == []
-        assert [hit(cache, ids(1000 * i)) for i in range(8)] == [40] * 8
+        assert [hit(cache, ids(1000 * i)) for i in range(5)] == [40] * 5
         cache.check_integrity()
 
 
@@ -498,7 +498,7 @@ KILLED = """
 
 
 def test_a_process_killed_while_it_pins_leaves_whole_pins(tmp_path: Path) -> None:
-    for round in range(6):
+    for round in range(4):
         child = start_python(KILLED, tmp_path)
         with killed_at_end(child):
             assert child.stdout is not None
