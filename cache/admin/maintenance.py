@@ -280,9 +280,9 @@ class CacheFiles:
         return self._remove(list(victims.values()))
 
     def shrink(self, n_bytes: int) -> BlockTotals:
-        """Remove the least recently used blocks until at most `n_bytes` remain, with reservations, or the rest is pinned.
+        """Remove the least recently used blocks until at most `n_bytes` remain, with reservations.
 
-        The pins of a directory may take more bytes here than in the caches that use it: a cache has a limit for them.
+        Pinned blocks stay, even if they take more bytes. The caches that use the directory limit the bytes of pins.
         """
         rows = {row.block.key: row for row in self.rows()}
         order = LeafLRU()

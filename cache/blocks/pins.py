@@ -132,8 +132,8 @@ def admitted_pins(
 ) -> tuple[list[PinRecord], int]:
     """Return the pins that are in effect, and the bytes that they protect. Shared blocks count once.
 
-    The oldest pins come first. A pin whose blocks would exceed `quota` together with those of older pins protects no
-    block: the quota was larger when it was created, or its blocks were not stored then.
+    The oldest pins come first. A pin whose blocks would exceed `quota` together with those of older pins protects
+    no block: the quota was larger when it was created, or its blocks were not stored then.
 
     Args:
         sizes: bytes of each stored block, by key.

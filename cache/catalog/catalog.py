@@ -42,8 +42,8 @@ class Prefix(NamedTuple):
 class BlockCatalog:
     """The places of every block: the names of its tiers, and `pending` for a save in the write queue.
 
-    Two kinds of pins keep blocks from eviction: those of lookups, in all tiers until the lookup's match is released;
-    and those of prefixes, in one tier.
+    Two kinds of pins keep blocks from eviction: those of lookups, in all tiers until the lookup's match is
+    released; and those of prefixes, in one tier.
 
     Attributes:
         pin_book: the pins of prefixes.
@@ -319,9 +319,7 @@ class BlockCatalog:
         if len(roots) < 2 or ledger.free(roots[0]) >= n_bytes:
             return roots
         pinned = {*self._current_pins(), block.parent}
-        oldest = {
-            root: ledger.oldest_leaf(pinned | self.pin_book.protected(ledger, root), root) for root in roots
-        }
+        oldest = {root: ledger.oldest_leaf(pinned | self.pin_book.protected(ledger, root), root) for root in roots}
         return sorted(roots, key=lambda root: ledger.last_used(key) if (key := oldest[root]) else 2**63)
 
     def make_room(self, root: Tier, block: Block, n_bytes: int) -> bool:

@@ -116,8 +116,8 @@ class Pinner:
     def _stored_prefix(self, namespace: bytes, raw: bytes, whole: bool) -> Iterator[_Found]:
         """Find the blocks of a prefix. They are not evicted during the `with` block.
 
-        With `whole`, finds those of the same prompt, too: its last token is computed, so it resumes one token before
-        its end.
+        With `whole`, finds those of the same prompt, too: its last token is computed, so it resumes one token
+        before its end.
         """
         with self._lock:
             self._feed.poll(at_once=True)
@@ -197,8 +197,8 @@ class Pinner:
                 lost = [block for block in pin.blocks if block.key not in target]
                 if lost:
                     raise PinError(
-                        f"{len(lost)} of the {len(pin.blocks)} blocks of the prefix could not be stored in the tier "
-                        f"{target.name!r}; check its budget"
+                        f"{len(lost)} of the {len(pin.blocks)} blocks of the prefix could not be stored in the "
+                        f"tier {target.name!r}; check its budget"
                     )
                 self._check_quota(target, pin, (), share)
                 if target.name == "ram":

@@ -101,9 +101,7 @@ class Model:
         self._prompts = PromptReader(backend, id, runner, chats)
         self._requests = CompletionRequests(backend, id, runner, self._prompts, chats, cache_salt)
         self._chat_requests = ChatRequests(runner, self._prompts, self._requests, chats)
-        self._pins = PinRequests(
-            backend, id, cache, runner, self._prompts, self._requests, self._chat_requests
-        )
+        self._pins = PinRequests(backend, id, cache, runner, self._prompts, self._requests, self._chat_requests)
         self._embeddings = EmbeddingRequests(backend, id, runner, self._prompts)
         self._adapters = AdapterLoader(backend, id, cache, runner, self._prompts)
 

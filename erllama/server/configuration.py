@@ -1,7 +1,7 @@
 """Reads the configuration file of `erllama serve`, in TOML.
 
-Sections: `[server]`, `[[models]]`, `[[keys]]`, `[[pins]]` and `[cache]`. Errors name the file and, where possible, the line.
-Relative paths start at the file's directory.
+Sections: `[server]`, `[[models]]`, `[[keys]]`, `[[pins]]` and `[cache]`. Errors name the file and, where possible,
+the line. Relative paths start at the file's directory.
 """
 
 from __future__ import annotations
@@ -110,11 +110,7 @@ class _Reader:
     def read(self, sections: Mapping[str, object]) -> Configuration:
         with self._located(None, None, sections):
             reject_unknown(
-                {
-                    name: value
-                    for name, value in sections.items()
-                    if name not in _SECTIONS
-                },
+                {name: value for name, value in sections.items() if name not in _SECTIONS},
                 _SECTIONS,
                 "the configuration",
             )

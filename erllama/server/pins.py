@@ -1,7 +1,7 @@
 """Pins of a server: those of its configuration, and those that clients ask for with a time to live.
 
-`begin_pinning` pins the configured prefixes of a model that was loaded. `ClientPins` pins prefixes of requests after
-the requests have ended. Both are best effort: what fails is logged and fails no request.
+`begin_pinning` pins the configured prefixes of a model that was loaded. `ClientPins` pins prefixes of requests
+after the requests have ended. Both are best effort: what fails is logged and fails no request.
 """
 
 from __future__ import annotations
@@ -176,7 +176,11 @@ class ClientPins:
         self._names: OrderedDict[str, Model] = OrderedDict()
 
     def begin(
-        self, model: Model, find_prefix: Callable[[], Awaitable[NDArray[np.int32]]], ttl: str, cache_salt: str | None
+        self,
+        model: Model,
+        find_prefix: Callable[[], Awaitable[NDArray[np.int32]]],
+        ttl: str,
+        cache_salt: str | None,
     ) -> None:
         """Pin a prefix in a task of its own, unless too many are being pinned. Returns at once.
 
@@ -191,7 +195,11 @@ class ClientPins:
             task.add_done_callback(self._running.discard)
 
     async def _pin(
-        self, model: Model, find_prefix: Callable[[], Awaitable[NDArray[np.int32]]], ttl: str, cache_salt: str | None
+        self,
+        model: Model,
+        find_prefix: Callable[[], Awaitable[NDArray[np.int32]]],
+        ttl: str,
+        cache_salt: str | None,
     ) -> None:
         try:
             ids = await find_prefix()

@@ -1,8 +1,8 @@
 """Hypothesis state machine that searches for calls after which a cache returns wrong results.
 
-In any order that Hypothesis finds, it saves, looks up, pins matches and prefixes, evicts, restarts, crashes in the middle of a write,
-flips bytes, removes and copies files, works as a second process, and changes namespaces. After every step it checks
-that:
+In any order that Hypothesis finds, it saves, looks up, pins matches and prefixes, evicts, restarts, crashes in the
+middle of a write, flips bytes, removes and copies files, works as a second process, and changes namespaces. After
+every step it checks that:
 
 * a loaded payload is one that was saved for that key, together with the block that was saved with it;
 * a hit is as long as the stored blocks allow, and no longer than the tokens agree;
@@ -459,9 +459,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.versions.setdefault(block.key, {})[block.recipe] = block
             cache.save(block, self._payload(block), replace=replace, trimmable=self.can_trim)
 
-    def _pin_prefix(
-        self, cache: Cache, ids: list[int], namespace: bytes, name: str, expires: float | None
-    ) -> None:
+    def _pin_prefix(self, cache: Cache, ids: list[int], namespace: bytes, name: str, expires: float | None) -> None:
         """Pin a prefix. Where that is refused, a pin of the name stays as it was."""
         options = {"name": name, "model": "m", "model_key": namespace, "expires": expires}
         try:

@@ -29,8 +29,8 @@ from erllama.engine import Backend, Ticket
 from erllama.engine.kv.prefix_cache import prompt_namespace
 from erllama.errors import ChatError, OptionError, PinError, PinQuotaExceeded
 
-# How a prefix that is not stored is computed, in order. If its KV is in the context's cells and not stored any more,
-# only a computation in an empty context stores it.
+# How a prefix that is not stored is computed, in order. If its KV is in the context's cells and not stored any
+# more, only a computation in an empty context stores it.
 _ATTEMPTS = (False, True)
 _PROBES = ("a", "0")  # two messages that may follow; their prompts differ where their texts begin
 

@@ -67,13 +67,13 @@ def _prefix_tokens(
 
 def _breakpoints(body: MessagesBody) -> Iterator[Breakpoint]:
     """Yield the breakpoints in the order of the prompt: tools, system blocks, then messages."""
-    tools, system = body.tools or [], body.system
+    tools, system = body.tools or [], body.system if isinstance(body.system, list) else []
     for n, tool in enumerate(tools, 1):
         if ttl := _ttl(tool):
             yield Breakpoint(ttl, _replace(body, tools=tools[:n], system=None, messages=[]))
-    for n, block in enumerate(system if isinstance(system, list) else (), 1):
+    for n, block in enumerate(system, 1):
         if ttl := _ttl(block):
-            yield Breakpoint(ttl, _replace(body, system=system[:n], messages=[]))  # type: ignore[index]
+            yield Breakpoint(ttl, _replace(body, system=system[:n], messages=[]))
     for at, message in enumerate(body.messages):
         content = message.get("content")
         for n, block in enumerate(content if isinstance(content, list) else (), 1):
@@ -90,4 +90,4 @@ def _ttl(block: object) -> str | None:
 
 
 def _replace(body: MessagesBody, **changes: list[Json] | None) -> MessagesBody:
-    return msgspec.structs.replace(body, **changes)  # type: ignore[arg-type]
+    return msgspec.structs.replace(body, **changes)
