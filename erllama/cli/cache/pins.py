@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -58,7 +59,8 @@ def pin_command(
     if tools_file is not None:
         options["tools"] = read_list(tools_file)  # type: ignore[assignment]
     content = prefix if messages_file is None else read_list(messages_file)
-    with loading.open_model(existing_path(model)) as loaded:
+    named = replace(loading, extra={"id": model.stem, **loading.extra})  # `pins` shows the id
+    with named.open_model(existing_path(model)) as loaded:
         pin = loaded.pin(content, **options)  # type: ignore[arg-type]
     if as_json:
         print_json(_pin_json(pin))
