@@ -20,7 +20,6 @@ from erllama.server.anthropic.bodies import MessagesBody
 from erllama.server.anthropic.conversation import ConversationReader
 from erllama.server.anthropic.options import template_options
 from erllama.server.anthropic.signatures import ThoughtSigner
-from erllama.server.conduct.bodies import Json
 from erllama.server.endpoints import Call
 from erllama.server.models import ServedModel
 from erllama.server.replies.templates import rendering_options
@@ -29,16 +28,22 @@ from erllama.server.replies.unstable_prefixes import drop_unstable_headers
 TTLS = ("5m", "1h")
 
 
-class Breakpoint(NamedTuple):
-    """A place that a request asks to pin: the time, and the body up to it."""
+class _Place(NamedTuple):
+    """A block that a request asks to pin up to.
+
+    Attributes:
+        ttl: for how long.
+        tools: number of tools up to it; None if it is not a tool.
+        system: number of system blocks up to it; None if it is not one.
+        message: index of its message; None if it is not in a message.
+        blocks: number of blocks of that message up to it.
+    """
 
     ttl: str
-    body: MessagesBody
-
-
-def find_breakpoints(body: MessagesBody) -> list[Breakpoint]:
-    """Return the last breakpoint of each time. Other values of `cache_control` are ignored."""
-    return list({found.ttl: found for found in _breakpoints(body)}.values())
+    tools: int | None = None
+    system: int | None = None
+    message: int | None = None
+    blocks: int = 0
 
 
 def pin_prefixes(call: Call, served: ServedModel, body: MessagesBody, prompt: NDArray[np.int32]) -> None:
@@ -48,9 +53,9 @@ def pin_prefixes(call: Call, served: ServedModel, body: MessagesBody, prompt: ND
         prompt: the request's prompt, token ids, int32, shape (n,).
     """
     salt = call.cache_salt(body.cache_salt)
-    for ttl, prefix in find_breakpoints(body):
-        tokens = partial(asyncio.to_thread, _prefix_tokens, call, served, prefix, prompt)
-        call.server.client_pins.begin(served.model, tokens, ttl, salt)
+    for place in {place.ttl: place for place in _places(body)}.values():  # the last one of each time
+        tokens = partial(asyncio.to_thread, _prefix_tokens, call, served, _body_up_to(body, place), prompt)
+        call.server.client_pins.begin(served.model, tokens, place.ttl, salt)
 
 
 def _prefix_tokens(
@@ -65,21 +70,31 @@ def _prefix_tokens(
     return prompt[: common_prefix(prompt, tokens)]
 
 
-def _breakpoints(body: MessagesBody) -> Iterator[Breakpoint]:
-    """Yield the breakpoints in the order of the prompt: tools, system blocks, then messages."""
-    tools, system = body.tools or [], body.system if isinstance(body.system, list) else []
-    for n, tool in enumerate(tools, 1):
+def _places(body: MessagesBody) -> Iterator[_Place]:
+    """Yield the places in the order of the prompt: tools, system blocks, then messages."""
+    for n, tool in enumerate(body.tools or (), 1):
         if ttl := _ttl(tool):
-            yield Breakpoint(ttl, _replace(body, tools=tools[:n], system=None, messages=[]))
-    for n, block in enumerate(system, 1):
+            yield _Place(ttl, tools=n)
+    for n, block in enumerate(body.system if isinstance(body.system, list) else (), 1):
         if ttl := _ttl(block):
-            yield Breakpoint(ttl, _replace(body, system=system[:n], messages=[]))
+            yield _Place(ttl, system=n)
     for at, message in enumerate(body.messages):
         content = message.get("content")
         for n, block in enumerate(content if isinstance(content, list) else (), 1):
             if ttl := _ttl(block):
-                last = {**message, "content": content[:n]}  # type: ignore[index]
-                yield Breakpoint(ttl, _replace(body, messages=[*body.messages[:at], last]))
+                yield _Place(ttl, message=at, blocks=n)
+
+
+def _body_up_to(body: MessagesBody, place: _Place) -> MessagesBody:
+    """Return the body of the conversation up to a place."""
+    if place.tools is not None:
+        return msgspec.structs.replace(body, tools=(body.tools or [])[: place.tools], system=None, messages=[])
+    if place.system is not None:
+        return msgspec.structs.replace(body, system=(body.system or [])[: place.system], messages=[])
+    assert place.message is not None
+    last = body.messages[place.message]
+    cut = {**last, "content": last["content"][: place.blocks]}
+    return msgspec.structs.replace(body, messages=[*body.messages[: place.message], cut])
 
 
 def _ttl(block: object) -> str | None:
@@ -87,7 +102,3 @@ def _ttl(block: object) -> str | None:
     control = block.get("cache_control") if isinstance(block, Mapping) else None
     ttl = control.get("ttl") if isinstance(control, Mapping) else None
     return ttl if isinstance(ttl, str) and ttl in TTLS else None
-
-
-def _replace(body: MessagesBody, **changes: list[Json] | None) -> MessagesBody:
-    return msgspec.structs.replace(body, **changes)
