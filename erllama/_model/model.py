@@ -364,8 +364,8 @@ class Model:
             ttl: how long it lasts: seconds, or a text such as "30min", "1h" or "7d". None for no end.
             cache_salt: salt of the requests that share the prefix. None for the model's.
             timeout: seconds after which the computation fails, including its wait.
-            tools, chat_template, template_args, documents, continue_final_message, special_tokens_in_content,
-                thinking: as for `chat`; only with messages.
+            tools, chat_template, template_args, documents, thinking: as for `chat`; only with messages.
+            continue_final_message, special_tokens_in_content: as for `chat`; only with messages.
 
         Raises:
             PinQuotaExceeded: pins would protect more bytes than the cache's `pin_quota`.
