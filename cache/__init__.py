@@ -9,6 +9,7 @@ and `admin` imports `tiers`, `catalog` and `blocks`. The package does not import
 from erllama.cache.blocks.block import Block, SaveReason
 from erllama.cache.blocks.keys import KEY_BYTES, TOKEN_BYTES, child_key, namespace_key, token_bytes
 from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
+from erllama.cache.blocks.pins import Pin
 from erllama.cache.pressure.memory import MemoryUsage
 from erllama.cache.pressure.pressure import Pressure
 from erllama.cache.save_policy import Policy
@@ -32,6 +33,7 @@ __all__ = [
     "Match",
     "MemberReport",
     "MemoryUsage",
+    "Pin",
     "Policy",
     "Pressure",
     "Problem",

@@ -30,6 +30,7 @@ OPTIONS = (
     "read_only",
     "tiers",
     "block_size",
+    "pin_quota",
     "write_queue",
     "pressure",
     "watch",

@@ -26,6 +26,7 @@ from erllama._runtime.reentry import reentered
 from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.keys import TOKEN_BYTES, token_bytes
 from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
+from erllama.cache.blocks.pins import Pin, PinRecord, check_pin_name
 from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.options import (
@@ -44,6 +45,7 @@ from erllama.cache.pipeline.garbage_collector import GarbageCollector
 from erllama.cache.pipeline.integrity import IntegrityChecker
 from erllama.cache.pipeline.loader import Loader
 from erllama.cache.pipeline.memory_directory import MemoryDirectory
+from erllama.cache.pipeline.pinner import Pinner
 from erllama.cache.pipeline.report import CacheReport
 from erllama.cache.pipeline.saver import Saver
 from erllama.cache.pipeline.text_memory import TextMemory
@@ -89,6 +91,7 @@ class Cache:
             be written, such as one on a read-only mount, is always opened read-only.
         tiers: tiers of your own, slower than all these, from fast to slow.
         block_size: tokens per block; a power of two from 16 to 4096.
+        pin_quota: maximum bytes that pins may protect, in each tier that has pins. None for half of its budget.
         write_queue: maximum bytes that may wait for the slower tiers. Saves beyond it are dropped and counted.
         pressure: evict when memory runs short: a `Pressure`, a mapping of its options, or the name of a source.
         watch: notice files that others put into the directories or remove from them.
@@ -111,6 +114,7 @@ class Cache:
         read_only: bool = False,
         tiers: Sequence[Tier] = (),
         block_size: int = 256,
+        pin_quota: str | int | None = None,
         write_queue: str | int = "512MiB",
         pressure: Pressure | Mapping[str, object] | str | None = None,
         watch: bool = True,
@@ -119,6 +123,7 @@ class Cache:
         reject_unknown(unknown, OPTIONS, "Cache")
         self.ram_budget = parse_bytes("ram", 0 if ram is None else ram)
         self.block_size = checked_block_size(block_size)
+        self._pin_quota = None if pin_quota is None else parse_bytes("pin_quota", pin_quota)
         queue_bytes = parse_bytes("write_queue", write_queue)
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
         self._watch = boolean("watch", watch)
@@ -139,7 +144,7 @@ class Cache:
         """
         cache = cls.__new__(cls)
         cache.ram_budget, cache.block_size, cache._watch = spec.ram, spec.block_size, spec.watch
-        cache._custom_tiers, cache._pressure = [], None
+        cache._custom_tiers, cache._pressure, cache._pin_quota = [], None, spec.pin_quota
         tiers: list[Tier] = [RamTier(spec.ram)] if spec.ram else []
         cache._start([*tiers, *file_tiers(spec.as_roots(), spec.watch)], spec.write_queue, frozenset(["ram_file"]))
         return cache
@@ -188,7 +193,7 @@ class Cache:
         for tier in tiers:
             if isinstance(tier, FileTier):
                 tier.use_for(self._id)
-        catalog = BlockCatalog(self.block_size, counters, tiers)
+        catalog = BlockCatalog(self.block_size, counters, tiers, self._pin_quota)
         queue = WriteQueue(write, queue_bytes, self._immediate)
         tier_set = TierSet(lock, catalog, counters, queue, tiers)
         evictor = Evictor(lock, catalog, queue, tier_set)
@@ -196,6 +201,7 @@ class Cache:
         writer = TierWriter(lock, catalog, counters, queue, tier_set, evictor, feed)
         self._saver = Saver(lock, catalog, counters, queue, tier_set, feed, writer, self.block_size)
         self._loader = Loader(lock, catalog, counters, queue, evictor, writer)
+        self._pinner = Pinner(lock, catalog, counters, queue, tier_set, feed, writer, self._loader)
         self._texts = TextMemory(queue, tier_set)
         self._attached = AttachedTiers(lock, catalog, tier_set)
         self._garbage_collector = GarbageCollector(lock, catalog, queue, tier_set, evictor, feed)
@@ -387,6 +393,74 @@ class Cache:
         """Return whether a block is not stored yet and its save is in flight."""
         return self._saver.awaits(key)
 
+    # --- pins -------------------------------------------------------------------------------
+
+    @uninterrupted
+    def pin_prefix(
+        self,
+        namespace: bytes,
+        tokens: Sequence[int] | NDArray[np.integer],
+        *,
+        name: str,
+        model: str,
+        model_key: bytes,
+        expires: float | None = None,
+        whole: bool = False,
+        share: float = 1.0,
+    ) -> Pin:
+        """Keep the blocks of a stored prefix. `Model.pin` computes the prefix first, and calls it.
+
+        Writes the blocks to the disk tier; without one, to `ram_file`; without either, they stay in the RAM tier.
+        Eviction, quotas and `gc` skip them there until the pin expires or is removed. A pin of the same name is
+        replaced.
+
+        Args:
+            namespace: the root key, from `namespace_key`.
+            tokens: ids of the prefix, shape (n,).
+            name: of 1 to 200 printable characters.
+            model: the model's id, for reports.
+            model_key: the model's root key without a salt, 32 bytes; for `warm_pins`.
+            expires: when the pin ends, in seconds since 1970; None for never.
+            whole: as of `lookup`.
+            share: fraction of the bytes that pins may protect which all pins may then take.
+
+        Raises:
+            PinQuotaExceeded: pins would protect more bytes than they may.
+            PinError: the cache does not have the whole prefix, or cannot store it.
+            OptionError: `name` or the tokens are not valid.
+            CacheError: the cache is closed.
+        """
+        self._check_open()
+        raw, now = token_bytes(tokens), time.time()
+        pin = PinRecord(check_pin_name(name), model, model_key, len(raw) // TOKEN_BYTES, (), now, expires)
+        return self._pinner.pin(namespace, raw, pin, whole, share, self.flush)
+
+    @uninterrupted
+    def pins(self) -> list[Pin]:
+        """Return the pins that have not expired, the oldest first."""
+        return self._pinner.pins()
+
+    @uninterrupted
+    def unpin(self, name: str) -> bool:
+        """Remove a pin: its blocks may be evicted again. Return False if there is none of this name.
+
+        Raises:
+            CacheError, OSError, sqlite3.Error: the directory cannot be written.
+        """
+        return self._pinner.unpin(check_pin_name(name))
+
+    @uninterrupted
+    def warm_pins(self, model_key: bytes) -> None:
+        """Read the blocks of a model's pins into the fastest tier in memory, in the background.
+
+        Reads at most as many bytes as the tier may hold. The engine calls it when a model is loaded.
+
+        Args:
+            model_key: as of `pin_prefix`.
+        """
+        if not self._closing:
+            self._pinner.warm(model_key)
+
     # --- live tiers -------------------------------------------------------------------------
 
     @uninterrupted
@@ -444,7 +518,14 @@ class Cache:
             saves_to_file = bool(self.ram_budget) and memory_directory.ensure(ram_file, self.ram_budget)
             tiers = [tier for tier in self._tier_set if isinstance(tier, FileTier)]
             ram = 0 if saves_to_file else self.ram_budget
-            spec = CacheSpec(ram, root_specs(tiers), self.block_size, self._queue.limit_bytes, self._watch)
+            spec = CacheSpec(
+                ram,
+                root_specs(tiers),
+                self.block_size,
+                self._queue.limit_bytes,
+                self._watch,
+                self._pin_quota,
+            )
             self._check_open()
             return spec
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from erllama._model.requests.speculation import Verification
     from erllama._model.requests.streams import AsyncStream, Stream
     from erllama._process.options import ProcessOptions
-    from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
+    from erllama.cache import Cache, MemoryUsage, Pin, Policy, Pressure, SaveReason
     from erllama.chat.results import ChatCompletion, Usage
     from erllama.chat.templates.template import render_chat_template
     from erllama.engine import (
@@ -82,6 +82,8 @@ if TYPE_CHECKING:
         ModelNotFound,
         ModelUnloaded,
         OptionError,
+        PinError,
+        PinQuotaExceeded,
         PromptError,
         PromptTooLong,
         QueueFull,
@@ -115,7 +117,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
     "erllama._model.requests.speculation": ("Verification",),
     "erllama._model.requests.streams": ("AsyncStream", "Stream"),
     "erllama._process.options": ("ProcessOptions",),
-    "erllama.cache": ("Cache", "MemoryUsage", "Policy", "Pressure", "SaveReason"),
+    "erllama.cache": ("Cache", "MemoryUsage", "Pin", "Policy", "Pressure", "SaveReason"),
     "erllama.chat.results": ("ChatCompletion", "Usage"),
     "erllama.chat.templates.template": ("render_chat_template",),
     "erllama.engine": (
@@ -167,6 +169,8 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "ModelNotFound",
         "ModelUnloaded",
         "OptionError",
+        "PinError",
+        "PinQuotaExceeded",
         "PromptError",
         "PromptTooLong",
         "QueueFull",
@@ -231,6 +235,9 @@ __all__ = [
     "ModelUnloaded",
     "OptionError",
     "OrderedRowsStep",
+    "Pin",
+    "PinError",
+    "PinQuotaExceeded",
     "Policy",
     "Pressure",
     "ProcessOptions",

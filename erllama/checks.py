@@ -7,6 +7,7 @@ module imports `erllama.errors` alone.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from importlib import import_module
@@ -15,6 +16,7 @@ from types import ModuleType
 from erllama.errors import MissingPackage, ModelUnloaded, OptionError
 
 _LONGEST_SHOWN = 60
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 # Stricter than difflib's default of 0.6, which suggests "top_p" for a misspelt "stop".
 _SIMILARITY = 0.7
 
@@ -85,6 +87,20 @@ def real(name: str, value: object, minimum: float | None = None, maximum: float 
         raise OptionError(f"{name} must be finite, not {shown(value)}")
     _check_range(name, number, minimum, maximum)
     return number
+
+
+def seconds(name: str, value: object) -> float:
+    """Return a duration in seconds: a number of seconds, or a text such as "90s", "30min", "1h" or "7d".
+
+    Raises:
+        OptionError: it is not a duration of at most a hundred years.
+    """
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", value)
+        if not found or found[2] not in _SECONDS:
+            raise OptionError(f"{name}={shown(value)}; pass seconds, or a text such as 90s, 30min, 12h or 7d")
+        value = float(found[1]) * _SECONDS[found[2]]
+    return real(name, value, 0, 100 * 366 * _SECONDS["d"])
 
 
 def boolean(name: str, value: object) -> bool:

@@ -178,6 +178,23 @@ class CacheError(Error):
     """The cache cannot perform an operation. Requests never fail with this error."""
 
 
+class PinError(CacheError):
+    """A prefix cannot be pinned, because its blocks could not be stored."""
+
+
+class PinQuotaExceeded(PinError):  # noqa: N818
+    """Pins would protect more bytes than they may.
+
+    Attributes:
+        n_bytes: bytes that all pins would protect.
+        quota: bytes that they may protect.
+    """
+
+    def __init__(self, message: str, *, n_bytes: int = 0, quota: int = 0) -> None:
+        super().__init__(message)
+        self.n_bytes, self.quota = n_bytes, quota
+
+
 class IntegrityError(CacheError):
     """The cache's records of its blocks contradict each other: a bug in erllama."""
 

@@ -65,6 +65,7 @@ _CACHE_COUNTS = {
     "restore_errors": "Stored blocks that a backend could not restore.",
     "faults": "Unexpected failures of the cache.",
     "pressure_evictions": "Evictions under memory pressure.",
+    "pins_refused": "Pins refused because pins would protect too many bytes.",
     "lookup_seconds": "Seconds spent looking up prompts.",
     "load_seconds": "Seconds spent reading stored blocks.",
     "pack_seconds": "Seconds spent copying blocks out of contexts.",
@@ -153,6 +154,7 @@ def _families() -> dict[str, Family]:
         counter(f"cache_{name}", help_text, "cache")
     counter("cache_written_bytes", "Bytes written to slower tiers.", "cache")
     gauge("cache_pending_bytes", "Bytes waiting to be written.", "cache")
+    gauge("cache_pinned_bytes", "Bytes that pins protect from eviction.", "cache")
     gauge("cache_bytes", "Bytes stored.", "cache", "tier")
     gauge("cache_blocks", "Blocks stored.", "cache", "tier")
     gauge("cache_budget_bytes", "Maximum number of stored bytes.", "cache", "tier")
@@ -197,6 +199,8 @@ def _add_cache(families: dict[str, Family], label: str, cache: Cache, tiers: Seq
             _add(families["cache_written_bytes"], value, label)
         elif name == "bytes_pending":
             _add(families["cache_pending_bytes"], value, label)
+        elif name == "bytes_pinned":
+            _add(families["cache_pinned_bytes"], value, label)
         elif name not in _CACHE_COUNTS and group in _CACHE_GROUPS:
             _add(families[f"cache_{group}"], value, label, rest)
         else:

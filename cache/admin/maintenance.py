@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from erllama.cache.blocks.block import Block
+from erllama.cache.blocks.pins import Pin, PinRecord
 from erllama.cache.catalog.eviction_order import LeafLRU
 from erllama.cache.tiers.directory import INDEX_NAME, is_cache
 from erllama.cache.tiers.read_only import create_file_tier
@@ -54,8 +56,8 @@ class NamespaceSummary(NamedTuple):
     last_used: int
 
 
-class RemovalResult(NamedTuple):
-    """Blocks and bytes that were removed."""
+class BlockTotals(NamedTuple):
+    """Blocks and bytes, such as those that were removed."""
 
     n_blocks: int
     n_bytes: int
@@ -74,7 +76,7 @@ class GcResult(NamedTuple):
     adopted: int
     forgotten: int
     leftovers: int
-    removed: RemovalResult
+    removed: BlockTotals
 
 
 class CacheFiles:
@@ -180,6 +182,32 @@ class CacheFiles:
             )
         return sorted(found.values(), key=lambda namespace: namespace.last_used, reverse=True)
 
+    # --- pins -----------------------------------------------------------------------------
+
+    def pins(self) -> list[Pin]:
+        """Return the pins that have not expired, the oldest first."""
+        sizes = {row.block.key: row.n_bytes for row in self.rows()}
+        return [pin.describe(sizes, sizes) for pin in sorted(self._pin_records(), key=lambda pin: pin.created)]
+
+    def pinned_keys(self) -> frozenset[bytes]:
+        """Return the keys of the blocks that pins protect, stored or not."""
+        return frozenset[bytes]().union(*(pin.keys for pin in self._pin_records()))
+
+    def pinned(self) -> BlockTotals:
+        """Return how many stored blocks and bytes pins protect. Each block counts once."""
+        keys = self.pinned_keys()
+        sizes = [row.n_bytes for row in self.rows() if row.block.key in keys]
+        return BlockTotals(len(sizes), sum(sizes))
+
+    def unpin(self, name: str) -> bool:
+        """Remove a pin: its blocks may be removed again. Return False if there is none of this name."""
+        self._require_writable()
+        return self._tier.remove_pin(name)
+
+    def _pin_records(self) -> list[PinRecord]:
+        now = time.time()
+        return [pin for pin in self._tier.pins() if not pin.expired(now)]
+
     # --- verifying and repairing ----------------------------------------------------------
 
     def verify(
@@ -216,8 +244,8 @@ class CacheFiles:
         before = {row.block.key for row in self.rows()}
         self._tier.repair()
         rows = self.rows()
-        after = {row.block.key for row in rows}
-        removed = self._remove(_unreachable_rows(rows))
+        after, pinned = {row.block.key for row in rows}, self.pinned_keys()
+        removed = self._remove([row for row in _unreachable_rows(rows) if row.block.key not in pinned])
         if budget is not None:
             removed = _sum(removed, self.shrink(budget))
         left = self._partials - _names_in(self.root / "partial")
@@ -225,16 +253,24 @@ class CacheFiles:
 
     # --- removing -------------------------------------------------------------------------
 
-    def evict(self, namespaces: Iterable[bytes] | None = None, *, used_before: int | None = None) -> RemovalResult:
-        """Remove blocks of some namespaces that were not used since a time. Without arguments, remove all blocks.
+    def evict(
+        self, namespaces: Iterable[bytes] | None = None, *, used_before: int | None = None, pinned: bool = False
+    ) -> BlockTotals:
+        """Remove blocks of some namespaces that were not used since a time; by default all blocks.
 
         Args:
             namespaces: keys of namespaces; None for all.
             used_before: in ns since 1970. A block stays as long as one of its successors does.
+            pinned: remove pinned blocks, too.
         """
         rows = self.rows()
         among = None if namespaces is None else set(namespaces)
-        victims = {row.block.key: row for row in rows if among is None or row.block.namespace in among}
+        spared = frozenset[bytes]() if pinned else self.pinned_keys()
+        victims = {
+            row.block.key: row
+            for row in rows
+            if (among is None or row.block.namespace in among) and row.block.key not in spared
+        }
         if used_before is not None:
             kept: set[bytes] = set()
             for row in reversed(rows):  # successors of a block before the block
@@ -243,33 +279,38 @@ class CacheFiles:
             victims = {key: row for key, row in victims.items() if key not in kept}
         return self._remove(list(victims.values()))
 
-    def shrink(self, n_bytes: int) -> RemovalResult:
-        """Remove the least recently used blocks until at most `n_bytes` remain, with reservations."""
+    def shrink(self, n_bytes: int) -> BlockTotals:
+        """Remove the least recently used blocks until at most `n_bytes` remain, with reservations.
+
+        Pinned blocks stay, even if they take more bytes. The caches that use the directory limit the bytes of pins.
+        """
         rows = {row.block.key: row for row in self.rows()}
         order = LeafLRU()
         for row in rows.values():
             order.add(row.block.key, row.block.parent, row.n_bytes, row.last_used)
-        reserved = self._tier.reserved()
+        reserved, pinned = self._tier.reserved(), self.pinned_keys()
         victims = []
-        while order.n_bytes + reserved > n_bytes and (key := order.oldest_leaf(())) is not None:
+        while order.n_bytes + reserved > n_bytes and (key := order.oldest_leaf(pinned)) is not None:
             order.remove(key)
             victims.append(rows[key])
         return self._remove(victims)
 
-    def remove_texts_and_damaged(self) -> None:
-        """Remove the tokens of texts and the damaged files, which contain parts of prompts, too."""
+    def remove_pins_texts_and_damaged(self) -> None:
+        """Remove the pins, the tokens of texts and the damaged files, which contain parts of prompts, too."""
         self._require_writable()
+        for pin in self._tier.pins():
+            self._tier.remove_pin(pin.name)
         self._tier.forget_texts()
         for path in [*(self.root / "damaged").iterdir(), *self.root.glob(f"{INDEX_NAME}.damaged-*")]:
             path.unlink(missing_ok=True)
 
-    def _remove(self, rows: Sequence[TierRow]) -> RemovalResult:
+    def _remove(self, rows: Sequence[TierRow]) -> BlockTotals:
         self._require_writable()
         # Successors first, so that every stored block stays reachable meanwhile.
         keys = [row.block.key for row in sorted(rows, key=lambda row: row.block.start, reverse=True)]
         for at in range(0, len(keys), _BATCH):
             self._tier.remove(keys[at : at + _BATCH])
-        return RemovalResult(len(rows), sum(row.n_bytes for row in rows))
+        return BlockTotals(len(rows), sum(row.n_bytes for row in rows))
 
     # --- single blocks --------------------------------------------------------------------
 
@@ -317,5 +358,5 @@ def _unreachable_rows(rows: Sequence[TierRow]) -> list[TierRow]:
     return unreachable
 
 
-def _sum(a: RemovalResult, b: RemovalResult) -> RemovalResult:
-    return RemovalResult(a.n_blocks + b.n_blocks, a.n_bytes + b.n_bytes)
+def _sum(a: BlockTotals, b: BlockTotals) -> BlockTotals:
+    return BlockTotals(a.n_blocks + b.n_blocks, a.n_bytes + b.n_bytes)

@@ -18,6 +18,7 @@ from erllama.cache.blocks.keys import TOKEN_BYTES, child_key
 from erllama.cache.blocks.match import Row
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.catalog.ledger import TierLedger
+from erllama.cache.catalog.pin_book import PinBook
 from erllama.cache.catalog.prefix_tree import Entry, PrefixTree, any_entry
 from erllama.cache.tiers.tier import Changes, Tier, TierRow
 
@@ -39,9 +40,19 @@ class Prefix(NamedTuple):
 
 
 class BlockCatalog:
-    """The places of every block: the names of its tiers, and `pending` for a save in the write queue."""
+    """The places of every block: the names of its tiers, and `pending` for a save in the write queue.
 
-    def __init__(self, block_size: int, counters: Counters, tiers: Sequence[Tier]) -> None:
+    Two kinds of pins keep blocks from eviction: those of lookups, in all tiers until the lookup's match is
+    released; and those of prefixes, in one tier.
+
+    Attributes:
+        pin_book: the pins of prefixes.
+    """
+
+    def __init__(
+        self, block_size: int, counters: Counters, tiers: Sequence[Tier], pin_quota: int | None = None
+    ) -> None:
+        self.pin_book = PinBook(pin_quota)
         self._tree = PrefixTree()
         self._counters = counters
         # From fast to slow. Replaced and never changed, so that threads without the lock can read it.
@@ -256,7 +267,7 @@ class BlockCatalog:
         victims: list[Victim] = []
         if ledger.n_bytes(root) <= target:
             return victims
-        pinned = {*self._current_pins(), *keep}
+        pinned = {*self._current_pins(), *keep, *self.pin_book.protected(ledger, root)}
         ledger.clamp_uses(time.time_ns())
         while ledger.n_bytes(root) > max(target, 0) and (key := ledger.oldest_leaf(pinned, root)) is not None:
             victims.append(Victim(key, ledger.size_of(key)))
@@ -276,7 +287,8 @@ class BlockCatalog:
         """
         ledger = self._ledgers[root.name]
         victims: list[Victim] = []
-        entries = {key: self._tree.get(key) for key in ledger.keys(root)}
+        protected = self.pin_book.protected(ledger, root)
+        entries = {key: self._tree.get(key) for key in ledger.keys(root) if key not in protected}
         while True:
             unreachable = [
                 key
@@ -307,7 +319,7 @@ class BlockCatalog:
         if len(roots) < 2 or ledger.free(roots[0]) >= n_bytes:
             return roots
         pinned = {*self._current_pins(), block.parent}
-        oldest = {root: ledger.oldest_leaf(pinned, root) for root in roots}
+        oldest = {root: ledger.oldest_leaf(pinned | self.pin_book.protected(ledger, root), root) for root in roots}
         return sorted(roots, key=lambda root: ledger.last_used(key) if (key := oldest[root]) else 2**63)
 
     def make_room(self, root: Tier, block: Block, n_bytes: int) -> bool:
@@ -385,7 +397,15 @@ class BlockCatalog:
         return self._pins
 
     def is_pinned(self, key: bytes) -> bool:
+        """Return whether a lookup has pinned a block."""
         return key in self._current_pins()
+
+    def may_supersede(self, key: bytes) -> bool:
+        """Return whether a tail may be removed when a longer block with its tokens is stored."""
+        if self.is_pinned(key):
+            return False
+        roots = [(ledger, root) for ledger in self._ledgers.values() for root in ledger.roots]
+        return not any(key in self.pin_book.protected(ledger, root) for ledger, root in roots)
 
     # --- checking ------------------------------------------------------------------------------
 

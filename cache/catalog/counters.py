@@ -26,6 +26,7 @@ COUNTS = (
     "faults",
     "bytes_written",
     "pressure_evictions",
+    "pins_refused",
 )
 TIERS = ("live", "ram", "ram_file", "disk")  # always have counts, even if not in use
 TIMED = ("lookup", "load", "pack", "write")

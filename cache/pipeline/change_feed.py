@@ -68,6 +68,7 @@ class ChangeFeed:
                 self._catalog.add_root(tier, fastest=True)
                 self._tiers.add_fastest(tier)
                 self._tiers.apply_changes(tier, Changes(rows, [], complete=True))
+                self._tiers.read_pins(tier)
         except BaseException:
             tier.close()
             raise

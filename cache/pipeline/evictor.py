@@ -43,6 +43,7 @@ class Evictor:
         if tier.read_only:
             return
         with self._tiers.locked(), self._tiers.guard("evicting", tier), tier.exclusive():
+            self._tiers.read_pins(tier)
             with self._lock:
                 victims = self._catalog.choose_victims(tier, tier.budget)
             self.remove(tier, victims)

@@ -75,6 +75,7 @@ class CacheReport:
             ledger = ledgers.get(name)
             found[f"bytes_{name}"] = ledger.n_bytes() if ledger else 0
             found[f"blocks_{name}"] = len(ledger) if ledger else 0
+        found["bytes_pinned"] = sum(self._catalog.pin_book.usage(ledger).n_bytes for ledger in ledgers.values())
         found["read_only_directories"] = sum(tier.read_only for tier in self._tiers)
         found["bytes_pending"] = self._queue.n_bytes
         for report in members:

@@ -93,7 +93,7 @@ class Saver:
             return False
         self._counters.add(f"saves_{block.reason.name.lower()}")
         for key in superseded:
-            if not self._catalog.is_pinned(key):
+            if self._catalog.may_supersede(key):
                 self._supersede(key)
         return True
 

@@ -160,6 +160,7 @@ class TierSet:
         try:
             tier.open()
             rows = tier.rows()
+            self.read_pins(tier)
             tier.watch(on_change)
         except Exception as error:
             self._record_error(tier, error)
@@ -185,6 +186,7 @@ class TierSet:
         if tier not in self._errors:  # lost since the last call: its content may be lost, too
             with self._lock:
                 self.apply_changes(tier, Changes([], [], complete=True))
+                self._catalog.pin_book.set(tier, ())
         return self.open(tier, on_change)
 
     def reopen_due(self, tier: Tier) -> bool:
@@ -229,6 +231,7 @@ class TierSet:
         rows = list(tier.rows())
         with self._lock:
             self.apply_changes(tier, Changes(rows, [], complete=True))
+            self.read_pins(tier)
             self._out_of_sync.discard(tier)
 
     def apply_new_changes(self, tier: Tier) -> None:
@@ -236,6 +239,17 @@ class TierSet:
         with self._lock:
             if (changes := tier.changes()) is not None:
                 self.apply_changes(tier, changes)
+            self.read_pins(tier)
+
+    def read_pins(self, tier: Tier) -> None:
+        """Record the pins of a directory, if they were changed. Never waits for storage.
+
+        Within `Tier.exclusive`, the record is up to date afterwards.
+        """
+        if isinstance(tier, FileTier):
+            with self._lock:
+                if (pins := tier.changed_pins()) is not None:
+                    self._catalog.pin_book.set(tier, pins)
 
     def apply_changes(self, tier: Tier, changes: Changes) -> None:
         """Record changes that others made to a tier. The caller holds the cache's lock."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -110,6 +110,10 @@ class TierWriter:
     def _tail_delay(self, name: str) -> float:
         """Return the seconds that a tail waits until it is written to a tier."""
         return SHARED_TAIL_DELAY_SECONDS if name in self._shared else TAIL_DELAY_SECONDS
+
+    def complete(self, block: Block, payload: memoryview, name: str) -> bool:
+        """Queue a block for one tier that lacks it, to be written at once; False as of `enqueue`."""
+        return self.enqueue(block, payload, (name,), False, (), True)
 
     def _queue_from_memory(self, block: Block, tiers: tuple[str, ...]) -> bool:
         """Queue a block that is in RAM or waits for other tiers; False if it is neither, or the queue is full."""
@@ -269,16 +273,20 @@ class TierWriter:
                 self._tiers.mark_out_of_sync(before[0])
         return written
 
-    def _remove_superseded(self, ledger: TierLedger, keys: Iterable[bytes]) -> None:
+    def _remove_superseded(self, ledger: TierLedger, keys: Collection[bytes]) -> None:
         """Remove tails from a tier that has their successor now."""
-        removed: dict[Tier, list[bytes]] = {}
         with self._lock:
-            for key in keys:
-                root = ledger.root_of(key)
-                if root is not None and not root.read_only and not self._catalog.is_pinned(key):
-                    removed.setdefault(root, []).append(key)
-                    self._catalog.drop(ledger.name, key)
-                    if key not in self._catalog:
-                        self._counters.add("tails_superseded")
-        for root, removed_keys in removed.items():
-            root.remove(removed_keys)
+            roots = {root for key in keys if (root := ledger.root_of(key)) is not None and not root.read_only}
+        for root in roots:
+            with root.exclusive():  # no other process pins a tail meanwhile
+                self._tiers.read_pins(root)
+                with self._lock:
+                    removed = [
+                        key for key in keys if ledger.root_of(key) is root and self._catalog.may_supersede(key)
+                    ]
+                    for key in removed:
+                        self._catalog.drop(ledger.name, key)
+                        if key not in self._catalog:
+                            self._counters.add("tails_superseded")
+                if removed:
+                    root.remove(removed)

@@ -34,6 +34,7 @@ class CacheSpec:
         block_size: tokens per block.
         write_queue: maximum bytes that may wait for the slower tiers.
         watch: notice files that others put into the directories or remove from them.
+        pin_quota: maximum bytes that the pins of a tier may protect; None for half of its budget.
     """
 
     ram: int
@@ -41,6 +42,7 @@ class CacheSpec:
     block_size: int
     write_queue: int
     watch: bool
+    pin_quota: int | None = None
 
     def as_plain(self) -> dict[str, Any]:
         """Return the fields as numbers, texts, lists, tuples and booleans, by name."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
+from erllama.cache.blocks.pins import PinRecord
 from erllama.cache.texts.text_tokens import TextDigests, TextRecord
 from erllama.cache.tiers.changed_files import ChangedFiles
 from erllama.cache.tiers.directory import block_key, block_path, is_gone, warn_about_file_system
@@ -315,6 +316,40 @@ class FileTier(Tier):
                 self._open_directory.note_damage(error)
             raise
 
+    # --- pins ------------------------------------------------------------------------------
+
+    def pins(self) -> list[PinRecord]:
+        """Return all pins of the directory, expired ones included."""
+        with self._using() as index:
+            return index.all_pins()
+
+    def changed_pins(self) -> list[PinRecord] | None:
+        """Return all pins of the directory; None if there was no change since the last call. Never waits.
+
+        Within `exclusive`, the result is up to date.
+        """
+        # Requests call this: other calls check whether the directory was replaced.
+        index = self._open_directory.unchecked_index
+        if index is None:
+            return None
+        try:
+            return index.changed_pins()
+        except sqlite3.Error as error:
+            if may_show_damage(error):
+                self._open_directory.note_damage(error)
+            raise
+
+    def put_pin(self, pin: PinRecord) -> None:
+        """Store a pin. Replaces one of the same name. Removes expired pins."""
+        with self._using() as index, index.transaction():
+            index.pins.remove_expired(time.time())
+            index.pins.put(pin)
+
+    def remove_pin(self, name: str) -> bool:
+        """Remove a pin. Return False if there is none of this name."""
+        with self._using() as index, index.transaction():
+            return index.pins.remove(name)
+
     # --- fingerprints of models, stored beside their blocks ---------------------------------
 
     def fingerprint(self, identity: str) -> str | None:
@@ -360,6 +395,8 @@ class FileTier(Tier):
             reconciler.remove_leftovers()
             with self._using() as index:
                 index.trim_changes()
+                with index.transaction():
+                    index.pins.remove_expired(time.time())
             reconciler.reconcile(by_name=False)
 
     def verify(self, on_read: Callable[[int], object] = lambda n_bytes: None) -> Iterator[Problem]:

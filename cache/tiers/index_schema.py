@@ -21,7 +21,8 @@ from erllama.errors import CacheError
 
 log = logger("erllama.cache")
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
+TEXTS_SINCE = 5  # the oldest version whose tables of texts are those of today
 _BUSY_SECONDS = 10.0  # how long a writer waits for another process
 # Primary result codes of a damaged schema that other faults have, too.
 _AMBIGUOUS_CODES = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH)
@@ -72,8 +73,8 @@ def check_version(path: Path, connection: sqlite3.Connection) -> int:
     return version
 
 
-def create_tables(db: sqlite_utils.Database) -> None:
-    """Create the tables that are missing. Recreate the tables of texts, empty."""
+def create_tables(db: sqlite_utils.Database, version: int = 0) -> None:
+    """Create the tables that a database of a version lacks. Tables of texts in an older form become empty."""
     db.table("blocks").create(
         {
             "key": bytes,
@@ -99,7 +100,14 @@ def create_tables(db: sqlite_utils.Database) -> None:
         if_not_exists=True,
     )
     db.table("fingerprints").create({"identity": str, "sha256": str}, pk="identity", if_not_exists=True)
-    create_text_tables(db.conn)
+    if version < TEXTS_SINCE:
+        create_text_tables(db.conn)
+    # Never reuses a number, so that the largest one and the number of rows change with every change of a pin.
+    db.execute(
+        "CREATE TABLE IF NOT EXISTS pins (seq INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, "
+        "model TEXT NOT NULL, model_key BLOB NOT NULL, n_tokens INTEGER NOT NULL, blocks BLOB NOT NULL, "
+        "created REAL NOT NULL, expires REAL)"
+    )
     # AUTOINCREMENT: numbers are not reused after old entries were removed.
     db.execute("CREATE TABLE IF NOT EXISTS changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL)")
     # Updates of last_used are not recorded as changes: they are many, and only eviction reads them.

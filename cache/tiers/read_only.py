@@ -27,10 +27,11 @@ from urllib.parse import quote
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
+from erllama.cache.blocks.pins import PinRecord
 from erllama.cache.texts.text_tokens import TextDigests, TextRecord
 from erllama.cache.tiers.directory import INDEX_NAME
 from erllama.cache.tiers.file_tier import FileTier
-from erllama.cache.tiers.index_schema import SCHEMA_VERSION, check_version
+from erllama.cache.tiers.index_schema import TEXTS_SINCE, check_version
 from erllama.cache.tiers.sqlite_index import FileStamp, Index, read_blocks
 from erllama.cache.tiers.text_table import TextTable
 from erllama.cache.tiers.tier import Changes, Problem, TierRow
@@ -78,7 +79,7 @@ class ReadOnlyIndex(Index):
             version = check_version(path, self._reader)
             if version < _FIRST_READABLE:
                 raise sqlite3.DatabaseError(f"{path} has version {version}")
-            self._has_texts = version == SCHEMA_VERSION
+            self._has_texts = version >= TEXTS_SINCE
             self._last_data_version = self._data_version()
             self._initial_rows: list[TierRow] | None
             self._last_change, self._initial_rows = read_blocks(self._reader)
@@ -227,6 +228,12 @@ class ReadOnlyFileTier(FileTier):
     def longest_text(self, digests: TextDigests, longer_than: int) -> TextRecord | None:
         return self._index.longest_text(digests, longer_than) if self._index is not None else None
 
+    def pins(self) -> list[PinRecord]:
+        return []  # no block of the directory is evicted
+
+    def changed_pins(self) -> None:
+        return None
+
     def verify(self, on_read: Callable[[int], object] = lambda n_bytes: None) -> Iterator[Problem]:
         for row in self.rows():
             try:
@@ -242,6 +249,12 @@ class ReadOnlyFileTier(FileTier):
 
     def write(self, block: Block, payload: memoryview) -> None:
         raise CacheError(f"{self.root} is read-only; use a writable directory")
+
+    def put_pin(self, pin: PinRecord) -> None:
+        raise CacheError(f"{self.root} is read-only; use a writable directory")
+
+    def remove_pin(self, name: str) -> bool:
+        return False
 
     def remove(self, keys: Sequence[bytes]) -> None:
         """Hide blocks from this process."""

@@ -20,6 +20,7 @@ import sqlite_utils
 
 from erllama.cache.blocks.block import Block, SaveReason
 from erllama.cache.blocks.keys import child_key
+from erllama.cache.blocks.pins import PinRecord
 from erllama.cache.tiers.index_schema import (
     SCHEMA_VERSION,
     DamagedIndexError,
@@ -33,6 +34,7 @@ from erllama.cache.tiers.index_schema import (
     retry_while_locked,
     shows_damage,
 )
+from erllama.cache.tiers.pin_table import PinTable
 from erllama.cache.tiers.text_table import TextTable
 from erllama.cache.tiers.tier import Changes, TierRow
 from erllama.errors import CacheError
@@ -110,10 +112,12 @@ class Index:
             self._reader = connect(self.path, wait=False)
             undo.callback(self._reader.close)
             self.texts = TextTable(connection, self._read)
+            self.pins = PinTable(connection)
             self._last_data_version = self._data_version()
-            # A database with damaged pages often still opens: read every block, so that damage shows now.
+            # A database with damaged pages often still opens: read every block and pin, so that damage shows now.
             self._initial_rows: list[TierRow] | None
             self._last_change, self._initial_rows = read_blocks(self._reader)
+            self.pins.all(self._read_own)
             undo.pop_all()
 
     def _create(self, version: int) -> None:
@@ -121,7 +125,7 @@ class Index:
             if version < 3:
                 # The rows had another form. The files hold everything, and the rows are read again from them.
                 self.db.execute("DROP TABLE IF EXISTS blocks")
-            create_tables(self.db)
+            create_tables(self.db, version)
             self.db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     @property
@@ -343,6 +347,29 @@ class Index:
         """Delete all reservations of these owners."""
         with self.transaction():
             self.db.conn.executemany("DELETE FROM reservations WHERE owner = ?", [(owner,) for owner in owners])
+
+    # --- pins --------------------------------------------------------------------------------
+
+    def changed_pins(self) -> list[PinRecord] | None:
+        """Return all pins; None if there was no change since the last call. Never waits.
+
+        Within `exclusive`, the result is up to date. Otherwise, it may lack the latest changes.
+        """
+        if not self._lock.acquire(blocking=False):
+            return self.pins.changed(self._read)
+        try:
+            return self.pins.changed(self._read_own if self._in_transaction else self._read)
+        finally:
+            self._lock.release()
+
+    def all_pins(self) -> list[PinRecord]:
+        """Return all pins, expired ones included."""
+        with self._lock:
+            return self.pins.all(self._read_own)
+
+    def _read_own(self, query: str, values: list[Any]) -> list[tuple[Any, ...]]:
+        """Run a query on the connection for writes, whose lock the caller holds."""
+        return self.db.execute(query, values).fetchall()
 
     # --- fingerprints ------------------------------------------------------------------------
 

@@ -72,6 +72,13 @@ class PrefixCache:
         """Return the root key of the KV that a request may share: one per model, cache salt and adapter set."""
         return prompt_namespace(self.backend.namespace, cache_salt, adapters)
 
+    def warm_pins(self) -> None:
+        """Read the blocks of the model's pins into memory, in the background."""
+        try:
+            self.cache.warm_pins(self.namespace(None, ()))
+        except BaseException:
+            self.record_fault("reading the pinned blocks of a model")
+
     def cached_prefix(self, namespace: bytes, tokens: NDArray[np.int32]) -> int:
         """Return how many tokens of a prompt are stored. KV that is only in the context does not count."""
         if self.weights.problem:

@@ -121,6 +121,7 @@ class ModelThread:
                 stopping=lambda: self._stopping,
             )
             uninterrupted(self._thread.start)()
+            self._context.prefix_cache.warm_pins()
         except BaseException:
             self._undo_start()
             raise

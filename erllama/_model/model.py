@@ -25,7 +25,14 @@ from erllama._model.requests.chat_streams import AsyncChatStream, ChatStream
 from erllama._model.requests.chats import ChatRequests
 from erllama._model.requests.completions import CompletionRequests
 from erllama._model.requests.embeddings import EMBED_OPTIONS, EmbeddingRequests, Pooling, Rows, Texts, set_on_error
-from erllama._model.requests.options import ChatOptions, CompletionOptions, PrefillOptions, TemplateOptions
+from erllama._model.requests.options import (
+    ChatOptions,
+    CompletionOptions,
+    PinOptions,
+    PrefillOptions,
+    TemplateOptions,
+)
+from erllama._model.requests.pins import PinRequests
 from erllama._model.requests.prompts import PromptReader
 from erllama._model.requests.scoring import Score
 from erllama._model.requests.speculation import Verification
@@ -33,7 +40,7 @@ from erllama._model.requests.streams import AsyncStream, Stream
 from erllama._model.runner import ModelRunner
 from erllama._runtime.reentry import reentered
 from erllama._types import Messages, Prompt
-from erllama.cache import Cache, Policy
+from erllama.cache import Cache, Pin, Policy
 from erllama.chat.chats import Chats
 from erllama.chat.results import ChatCompletion
 from erllama.checks import boolean, integer, reject_unknown, shown
@@ -94,6 +101,7 @@ class Model:
         self._prompts = PromptReader(backend, id, runner, chats)
         self._requests = CompletionRequests(backend, id, runner, self._prompts, chats, cache_salt)
         self._chat_requests = ChatRequests(runner, self._prompts, self._requests, chats)
+        self._pins = PinRequests(backend, id, cache, runner, self._prompts, self._requests, self._chat_requests)
         self._embeddings = EmbeddingRequests(backend, id, runner, self._prompts)
         self._adapters = AdapterLoader(backend, id, cache, runner, self._prompts)
 
@@ -338,6 +346,42 @@ class Model:
     ) -> str:
         """Return the text of a conversation; options and errors as for `apply_chat_template`."""
         return self._chat_requests.text(messages, options, add_generation_prompt)
+
+    # --- pins ----------------------------------------------------------------------------
+
+    def pin(self, prompt: Prompt | Messages, **options: Unpack[PinOptions]) -> Pin:
+        """Compute a prefix into the cache and keep it there. See docs/caching.md.
+
+        Writes its blocks to the disk tier; without one, to `ram_file`; without either, they stay in RAM. Eviction
+        skips them there. They are read into RAM when the model is loaded.
+
+        Args:
+            prompt: text, token ids, or messages. A conversation that ends with a message of the user or a tool is
+                pinned as the prompt of the reply. Any other one is pinned up to the beginning of the next message
+                of the user, so that every conversation that continues it has its tokens.
+            name: its name, unique in the cache; of 1 to 200 characters. It replaces a pin of that name. None for a
+                name made of the tokens, so that the same prefix has one pin.
+            ttl: how long it lasts: seconds, or a text such as "30min", "1h" or "7d". None for no end.
+            cache_salt: salt of the requests that share the prefix. None for the model's.
+            timeout: seconds after which the computation fails, including its wait.
+            tools, chat_template, template_args, documents, thinking: as for `chat`; only with messages.
+            continue_final_message, special_tokens_in_content: as for `chat`; only with messages.
+
+        Raises:
+            PinQuotaExceeded: pins would protect more bytes than the cache's `pin_quota`.
+            PinError: the prefix cannot be stored.
+            OptionError: an option is unknown, has the wrong type or is out of range.
+            Error: as for `prefill`, and with messages as for `chat`.
+        """
+        return self._pins.run(prompt, options, self)
+
+    async def apin(self, prompt: Prompt | Messages, **options: Unpack[PinOptions]) -> Pin:
+        """`pin` for asyncio. Cancelling the task cancels the computation."""
+        return await self._pins.run_async(prompt, options, self)
+
+    def unpin(self, name: str) -> bool:
+        """Remove a pin from the model's cache; return False if there is none of this name. See `Cache.unpin`."""
+        return self.cache.unpin(name)
 
     # --- scores and infilling ----------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -14,12 +13,11 @@ import click
 
 import erllama
 from erllama.cache.sizes import parse_bytes
+from erllama.checks import seconds
 from erllama.cli.loading import ModelOptions
 
 Command = TypeVar("Command", bound=Callable[..., object])
 Option = Callable[[Callable[..., object]], Callable[..., object]]
-
-_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 # Options of load_model that the command sets itself.
 _RESERVED = {"path", "cache", "vocab_only", "on_progress"}
@@ -35,10 +33,10 @@ def parse_size(text: str) -> int:
 
 def parse_age(text: str) -> float:
     """Return the seconds of "7d", "12h", "30min" or "90s". The `type` of a click option."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text)
-    if not found or found[2] not in _SECONDS:
-        raise click.BadParameter(f"{text!r} is not an age; pass one such as 7d, 12h, 30min or 90s")
-    return float(found[1]) * _SECONDS[found[2]]
+    try:
+        return seconds("age", text)
+    except erllama.OptionError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -144,6 +144,7 @@ def serve(
         cache = stack.enter_context(_open_cache(loading, settings.cache, in_process))
         pool = stack.enter_context(open_pool(settings.models, cache, settings.options))
         server = make_server(pool, settings.options)
+        server.configured_pins.set(settings.pins, pool, has_keys=bool(settings.options.keys))
         from erllama.server.run import run  # uvicorn is imported only if all else is right
 
         logging.getLogger("erllama.server.reload").setLevel(logging.INFO)  # an administrator waits for its report

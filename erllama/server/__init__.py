@@ -6,7 +6,7 @@
 
 `application` is an ASGI application; `erllama serve` runs one with uvicorn. Needs `pip install 'erllama[server]'`.
 
-Imports run one way: application -> APIs -> replies -> endpoints -> state -> models, options -> conduct.
+Imports run one way: application -> APIs -> replies -> endpoints -> state -> pins -> models, options -> conduct.
 """
 
 from __future__ import annotations

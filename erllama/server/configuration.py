@@ -1,8 +1,8 @@
 """Reads the configuration file of `erllama serve`, in TOML, and checks it.
 
-Sections: `[server]`, `[[models]]`, `[[keys]]` and `[cache]`. Relative paths start at the file's directory. Reading
-finds every mistake that can be found without loading a model, each with its line: `serve`, `serve --check` and a
-reload read a file with the same function.
+Sections: `[server]`, `[[models]]`, `[[keys]]`, `[[pins]]` and `[cache]`. Relative paths start at the directory of
+the file. Reading finds every mistake that can be found without loading a model, each with its line: `serve`,
+`serve --check` and a reload read a file with the same function.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from erllama.server.listening import ListenOptions
 from erllama.server.mistakes import Mistake, Mistakes
 from erllama.server.models.entry import ModelEntry
 from erllama.server.options import ServerOptions, texts
+from erllama.server.pins import OPTIONS as PIN_OPTIONS
+from erllama.server.pins import PinEntry
 from erllama.server.toml_lines import Place, toml_lines
 
+_SECTIONS = ("server", "models", "keys", "pins", "cache")
 _SERVER = tuple(each.name for each in fields(ServerOptions) if each.name != "keys")
 _LISTEN = tuple(each.name for each in fields(ListenOptions))
-_SECTIONS = ("server", "models", "keys", "cache")
 _KEY_SOURCES = ("key", "key_env", "key_file")
 _KEY = ("name", "cache_salt", "requests_per_minute", "tokens_per_minute", "models")
 _MODEL = ("path", "name", "aliases", "special_tokens_in_content", "load", "keep_alive")
@@ -53,11 +55,12 @@ class Configuration:
         server: options of `ServerOptions`, by name, without keys.
         listen: options of `ListenOptions`, by name.
         access_log: a path, "stderr" or "none"; None if the file has no such option.
-        models, keys: as listed.
+        models, keys, pins: as listed.
         cache: options of `Cache`, by name.
         mistakes: what is wrong with the file. What a mistake is about is left out of the other attributes.
         lines: the line of each option, by its place in the file.
         key_lines: for each key, the line of its `models`, or of its section.
+        pin_lines: for each pin, the line of its `model`.
     """
 
     server: Mapping[str, object] = field(default_factory=dict)
@@ -65,10 +68,12 @@ class Configuration:
     access_log: str | None = None
     models: tuple[ModelEntry, ...] = ()
     keys: tuple[ApiKey, ...] = ()
+    pins: tuple[PinEntry, ...] = ()
     cache: Mapping[str, object] = field(default_factory=dict)
     mistakes: tuple[Mistake, ...] = ()
     lines: Mapping[Place, int] = field(default_factory=dict, compare=False, repr=False)
     key_lines: tuple[int | None, ...] = field(default=(), compare=False, repr=False)
+    pin_lines: tuple[int | None, ...] = field(default=(), compare=False, repr=False)
 
 
 def read_configuration(path: Path, environment: Mapping[str, str] = ENVIRONMENT) -> Configuration:
@@ -102,6 +107,8 @@ class _Reader:
         self._path, self._lines, self._environment, self._mistakes = path, lines, environment, mistakes
         self._keys: list[ApiKey] = []
         self._key_lines: list[int | None] = []
+        self._pins: list[PinEntry] = []
+        self._pin_lines: list[int | None] = []
 
     def read(self, sections: Mapping[str, object]) -> Configuration:
         """Return the content of the file's sections."""
@@ -111,6 +118,8 @@ class _Reader:
         models = [self._model(place, entry) for place, entry in self._entries(sections, "models")]
         for place, entry in self._entries(sections, "keys"):
             self._read_keys(place, entry)
+        for place, entry in self._entries(sections, "pins"):
+            self._read_pin(place, entry)
         log = server.get("access_log")
         return Configuration(
             server={name: value for name, value in server.items() if name in _SERVER},
@@ -120,6 +129,8 @@ class _Reader:
             models=tuple(entry for entry in models if entry is not None),
             keys=tuple(self._keys),
             key_lines=tuple(self._key_lines),
+            pins=tuple(self._pins),
+            pin_lines=tuple(self._pin_lines),
             mistakes=tuple(self._mistakes.found),
             lines=self._lines,
         )
@@ -206,6 +217,17 @@ class _Reader:
     def _with_paths(self, options: Mapping[str, object]) -> dict[str, object]:
         """Return options of the cache, with absolute paths."""
         return {name: self._cache_path(value) if name in _CACHE_PATHS else value for name, value in options.items()}
+
+    def _read_pin(self, place: Place, entry: Mapping[str, object]) -> None:
+        known = self._known(place, entry, PIN_OPTIONS, "[[pins]]")
+        try:
+            pin = PinEntry.of(known, self._resolve)
+        except OptionError as error:
+            named = _named_options(str(error), known)
+            self._mistakes.add(error, self._path, self._line((*place, *(named[0] if named else ()))), "pins")
+        else:
+            self._pins.append(pin)
+            self._pin_lines.append(self._line((*place, "model")))
 
     def _cache_path(self, value: object) -> object:
         """Return directories with absolute paths: one, a list, or a mapping to quotas."""

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from erllama.server.conduct.bodies import decode_body, read_body
 from erllama.server.conduct.disconnects import until_disconnect
 from erllama.server.conduct.errors import ApiError, ErrorForm, as_api_error
-from erllama.server.conduct.keys import ApiKey, find_key
+from erllama.server.conduct.keys import ApiKey, combined_salt, find_key
 from erllama.server.models import ConfiguredModel, ServedModel
 from erllama.server.state import Server
 
@@ -134,14 +134,8 @@ class Call:
         return [model for model in self.server.models.models if names is None or model.name in names]
 
     def cache_salt(self, requested: str | None) -> str | None:
-        """Return the salt of a request: the key's and the requested one, each of which separates.
-
-        The length of the key's salt comes first, so that no request can spell the salt of another key.
-        """
-        if self.key is None or (self.key.cache_salt is None and requested is None):
-            return requested
-        of_key = self.key.cache_salt or ""
-        return f"{len(of_key)}:{of_key}{requested or ''}"
+        """Return the salt of a request: the key's and the requested one, each of which separates."""
+        return requested if self.key is None else combined_salt(self.key.cache_salt, requested)
 
 
 @dataclass(frozen=True, slots=True)

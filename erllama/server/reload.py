@@ -1,4 +1,4 @@
-"""Reloads the settings of a running server: keys and models change, and requests that run are not disturbed.
+"""Reloads the settings of a running server: keys, models and pins change, and requests that run are not disturbed.
 
 `Reloader.request` starts a reload, and SIGHUP calls it. Settings with a mistake change nothing.
 """
@@ -23,7 +23,7 @@ class Reloader:
     """Reloads the settings of one server. Used by its event loop.
 
     Args:
-        server: whose keys and models change.
+        server: whose keys, models and pins change.
         settings: those that it was started with.
         read: returns the settings as they are now. Called in a thread.
     """
@@ -53,6 +53,7 @@ class Reloader:
             new = await asyncio.to_thread(self._read)
             self._server.models.reconfigure(new.models)  # raises OptionError before it changes anything
             self._server.options = replace(self._server.options, keys=new.options.keys)
+            self._server.configured_pins.set(new.pins, self._server.models, has_keys=bool(new.options.keys))
         except Exception as error:
             self._server.metrics.count_reload(succeeded=False)
             for mistake in error.mistakes if isinstance(error, ConfigurationError) else [error]:
@@ -61,4 +62,10 @@ class Reloader:
         self._server.metrics.count_reload(succeeded=True)
         changed = self._started_with.needing_restart(new)
         restart = f"; restart the server to change {', '.join(changed)}" if changed else ""
-        log.info("reloaded (models: %d, keys: %d)%s", len(new.models), len(new.options.keys), restart)
+        log.info(
+            "reloaded (models: %d, keys: %d, pins: %d)%s",
+            len(new.models),
+            len(new.options.keys),
+            len(new.pins),
+            restart,
+        )

@@ -20,6 +20,7 @@ from erllama.server.listening import ListenOptions
 from erllama.server.mistakes import Mistake, Mistakes
 from erllama.server.models.entry import ModelEntry
 from erllama.server.options import ServerOptions
+from erllama.server.pins import PinEntry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,7 @@ class Settings:
     Attributes:
         listen, options: of the server, checked. `options` has the keys.
         models: at least one, with all options of their loads.
+        pins: of these models.
         cache: options of `Cache`, by name.
         access_log: a path, "stderr" or "none".
     """
@@ -61,6 +63,7 @@ class Settings:
     listen: ListenOptions
     options: ServerOptions
     models: tuple[ModelEntry, ...]
+    pins: tuple[PinEntry, ...]
     cache: Mapping[str, object]
     access_log: str
 
@@ -110,6 +113,7 @@ def read_settings(command: CommandOptions) -> Settings:
         listen=listen,
         options=options,
         models=models,
+        pins=file.pins,
         cache=cache,
         access_log=command.access_log or file.access_log or "stderr",
     )
@@ -159,7 +163,7 @@ def _read_models(command: CommandOptions, file: Configuration, mistakes: Mistake
 def _check_names(
     command: CommandOptions, file: Configuration, entries: Sequence[ModelEntry], mistakes: Mistakes
 ) -> None:
-    """Note names that two models have, and models of keys that do not exist."""
+    """Note names that two models have, and models of keys and pins that do not exist."""
     taken: dict[str, ModelEntry] = {}
     for entry in entries:
         for option, name in entry.names:
@@ -170,6 +174,9 @@ def _check_names(
         for key, line in zip(file.keys, file.key_lines, strict=True):
             with mistakes.collecting(command.config, line):
                 key.check_names([entry.id for entry in entries])
+        for pin, line in zip(file.pins, file.pin_lines, strict=True):
+            with mistakes.collecting(command.config, line):
+                pin.check_names(taken)
 
 
 def _with_options(entry: ModelEntry, command: CommandOptions) -> ModelEntry:

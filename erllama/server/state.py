@@ -12,6 +12,7 @@ from erllama.server.conduct.rate_limits import RateLimits
 from erllama.server.hit_history import HitHistory
 from erllama.server.models import ModelPool
 from erllama.server.options import ServerOptions
+from erllama.server.pins import ClientPins, ConfiguredPins
 from erllama.server.stored_responses import ResponseStore
 
 
@@ -29,6 +30,8 @@ class Server:
         is_stopping: whether the server accepts no further requests.
         claimed_sessions: the sessions of running requests that clients suggested; see `replies.sessions`.
         history: how much of the prompts the cache had, over time.
+        configured_pins: pins the prefixes that the configuration names.
+        client_pins: pins the prefixes that clients ask for.
         metrics: what it has done. `metrics.registry` is for `GET /metrics`.
     """
 
@@ -41,6 +44,8 @@ class Server:
     is_stopping: bool = False
     claimed_sessions: set[tuple[str, str | None, str]] = field(default_factory=set)
     history: HitHistory = field(default_factory=HitHistory)
+    configured_pins: ConfiguredPins = field(default_factory=ConfiguredPins)
+    client_pins: ClientPins = field(default_factory=ClientPins)
     metrics: ServerMetrics = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,15 +1,15 @@
 """Hypothesis state machine that searches for calls after which a cache returns wrong results.
 
-In any order that Hypothesis finds, it saves, looks up, pins, evicts, restarts, crashes in the middle of a write,
-flips bytes, removes and copies files, works as a second process, and changes namespaces. After every step it checks
-that:
+In any order that Hypothesis finds, it saves, looks up, pins matches and prefixes, evicts, restarts, crashes in the
+middle of a write, flips bytes, removes and copies files, works as a second process, and changes namespaces. After
+every step it checks that:
 
 * a loaded payload is one that was saved for that key, together with the block that was saved with it;
 * a hit is as long as the stored blocks allow, and no longer than the tokens agree;
 * each tier holds exactly the blocks that were written and not removed: the newest version of each, once, with its
   size; and the cache lists the same blocks;
 * no budget is exceeded, by the cache's count, by the rows of the tier, and by the size of the files;
-* pinned blocks are not evicted;
+* the blocks of a match are not evicted, and pinned prefixes are found to the token, also after a restart;
 * everything that was on disk before a crash is on disk after it, no half-written file remains, and `verify()` finds
   only the damage that the machine did itself;
 * no call of a tier fails;
@@ -56,6 +56,7 @@ from erllama.cache import (
 )
 from erllama.cache.blocks.keys import TOKEN_BYTES, common_prefix
 from erllama.cache.tiers.tier import SimulatedCrash
+from erllama.errors import PinError
 from erllama.testing.rules import check_rules
 from erllama.testing.tiers.conformance import TierConformance
 from erllama.testing.tiers.model import TierModel
@@ -100,6 +101,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.copies = Path(tempfile.mkdtemp(prefix="erllama-test-"))
         self.versions: dict[bytes, dict[bytes, Block]] = {}  # of every saved block, by key and recipe
         self.pinned: list[Match] = []
+        self.pins: dict[str, tuple[list[int], bytes]] = {}  # pinned prefixes that must be whole, by name
         self.tampered = False  # files were changed since the last gc
         self.n_saves = 0
         self.contexts: list[tuple[list[int], bytes]] = []  # saved so far
@@ -188,6 +190,8 @@ class CacheMachine(RuleBasedStateMachine):
         self._start_and_compare(before - superseded)
 
     def _start_and_compare(self, before: set[bytes]) -> None:
+        if not any(not tier.read_only for tier in self._file_tiers()):
+            self.pins = {}  # they were in RAM
         self.cache = self._new_cache()
         for model, tier in self._models_and_tiers(self.cache):
             if not tier.persistent:
@@ -207,6 +211,8 @@ class CacheMachine(RuleBasedStateMachine):
             self._observe(other)
             self._save(other, ids, namespace)
             self._look_up(other, lookup, namespace)
+            if any(not tier.read_only for tier in self._file_tiers()):
+                self._pin_prefix(other, ids, namespace, "another's", None)
 
     @precondition(lambda self: self._saves_only_to_files())
     @rule(ids=contexts, namespace=namespaces, lookup=contexts)
@@ -251,6 +257,33 @@ class CacheMachine(RuleBasedStateMachine):
         if match in self.pinned:
             self.pinned.remove(match)
 
+    @precondition(lambda self: self.contexts)
+    @rule(pick=picks, name=st.sampled_from("xyz"))
+    def pin_prefix(self, pick: int, name: str) -> None:
+        """Pin a context that was saved. It may have been evicted since, or exceed what pins may protect."""
+        ids, namespace = self.contexts[pick % len(self.contexts)]
+        self._pin_prefix(self.cache, ids, namespace, name, None)
+
+    @rule(ids=contexts, namespace=namespaces)
+    def pin_new_prefix(self, ids: list[int], namespace: bytes) -> None:
+        self._save(self.cache, ids, namespace)
+        self._pin_prefix(self.cache, ids, namespace, "new", None)
+
+    @precondition(lambda self: self.pins)
+    @rule(pick=picks)
+    def expire(self, pick: int) -> None:
+        """Replace a pin by one that ends at once."""
+        name = sorted(self.pins)[pick % len(self.pins)]
+        self._pin_prefix(self.cache, *self.pins[name], name, time.time())
+
+    @precondition(lambda self: self.pins)
+    @rule(pick=picks)
+    def unpin_prefix(self, pick: int) -> None:
+        name = sorted(self.pins)[pick % len(self.pins)]
+        del self.pins[name]
+        assert self.cache.unpin(name)
+        assert not self.cache.unpin(name)
+
     @rule(n_bytes=st.integers(0, 3000), data=st.data())
     def evict(self, n_bytes: int, data: st.DataObject) -> None:
         tier = data.draw(st.sampled_from(self.cache.tier_names))
@@ -259,7 +292,13 @@ class CacheMachine(RuleBasedStateMachine):
         n_before = self.cache.counters().get(f"bytes_{tier}", 0)
         freed = self.cache.evict_bytes(n_bytes, (tier,))
         assert freed == n_before - self.cache.counters().get(f"bytes_{tier}", 0)
-        assert freed >= min(n_bytes, n_before) or self.pinned, "fewer bytes were freed than possible"
+        kept = self.pinned or self.cache.pins()
+        assert freed >= min(n_bytes, n_before) or kept, "fewer bytes were freed than possible"
+
+    @rule()
+    def evict_all(self) -> None:
+        """Evict all but the pinned blocks."""
+        self.cache.evict_bytes(10**9, self.cache.tier_names)
 
     @rule()
     def flush(self) -> None:
@@ -329,7 +368,8 @@ class CacheMachine(RuleBasedStateMachine):
     def _tamper(self, pick: int) -> list[Path]:
         """Return one of the files, if there are any, and note that it is about to be changed."""
         found = self._picked(self.files(), pick)
-        self.tampered |= bool(found)
+        if found:
+            self.tampered, self.pins = True, {}  # a pinned block may be among them
         return found
 
     def _picked(self, paths: list[Path], pick: int) -> list[Path]:
@@ -392,6 +432,25 @@ class CacheMachine(RuleBasedStateMachine):
                 for block in match.blocks:
                     assert self.cache.contains(block.key) or self._superseded(block.key), "a pinned block is gone"
 
+    @invariant()
+    def pinned_prefixes_stay(self) -> None:
+        if not hasattr(self, "cache") or not self.pins:
+            return
+        found = {pin.name: pin for pin in self.cache.pins()}
+        for name, (ids, namespace) in self.pins.items():
+            assert name in found, "a pin is gone"
+            assert found[name].complete, "a pin has lost a block"
+            with self.cache.lookup(namespace, np.array(ids), whole=not self.can_trim) as match:
+                assert match.n_tokens == len(ids), "a pinned prefix is not found to the token"
+
+    @invariant()
+    def pins_are_within_their_bound(self) -> None:
+        if hasattr(self, "cache"):
+            budgets: Counter[str] = Counter()
+            for tier in self.cache.tiers():
+                budgets[tier.tier] += tier.budget
+            assert self.cache.counters()["bytes_pinned"] <= sum(budgets.values()) // 2
+
     # --- helpers -------------------------------------------------------------------------------------
 
     def _save(self, cache: Cache, ids: list[int], namespace: bytes, replace: bool = False) -> None:
@@ -399,6 +458,19 @@ class CacheMachine(RuleBasedStateMachine):
         for block in self._blocks(ids, namespace, cache.block_size):
             self.versions.setdefault(block.key, {})[block.recipe] = block
             cache.save(block, self._payload(block), replace=replace, trimmable=self.can_trim)
+
+    def _pin_prefix(self, cache: Cache, ids: list[int], namespace: bytes, name: str, expires: float | None) -> None:
+        """Pin a prefix. Where that is refused, a pin of the name stays as it was."""
+        options = {"name": name, "model": "m", "model_key": namespace, "expires": expires}
+        try:
+            pin = cache.pin_prefix(namespace, np.array(ids), whole=not self.can_trim, **options)  # type: ignore[arg-type]
+        except PinError as error:
+            if expires is not None and "expired" in str(error):
+                self.pins.pop(name, None)
+            return
+        assert pin.complete, "a pin is incomplete from the start"
+        if not self.tampered:
+            self.pins[name] = (ids, namespace)
 
     def _blocks(self, ids: list[int], namespace: bytes, size: int) -> list[Block]:
         """Return the chain of blocks of a context, with a recipe that is different for every save."""

@@ -17,7 +17,13 @@ import erllama
 import erllama.cache
 import erllama.engine
 import erllama.testing
-from erllama._model.requests.options import ChatOptions, CompletionOptions, PrefillOptions
+from erllama._model.requests.options import (
+    ChatOptions,
+    CompletionOptions,
+    PinOptions,
+    PrefillOptions,
+    TemplateOptions,
+)
 from erllama.chat.request import ChatRequest
 from erllama.engine import PhaseOptions, RequestOptions, SamplingOptions
 from support.doc_pages import DOCS, tables
@@ -76,6 +82,7 @@ OPTIONS: Mapping[str, dict[str, object]] = {
     "Model.prefill": chosen(PrefillOptions),
     "Model.complete": chosen(CompletionOptions, PrefillOptions),
     "Model.chat": chosen(ChatOptions, CompletionOptions),
+    "Model.pin": dict.fromkeys(PinOptions.__annotations__.keys() - TemplateOptions.__annotations__.keys()),
 }
 
 

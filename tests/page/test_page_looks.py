@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
 import pytest
@@ -48,10 +47,8 @@ def used_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSer
 @pytest.fixture
 def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache with one pin."""
-    pin = SimpleNamespace(
-        name="system-prompt", model="scripted-7b", n_tokens=2048, n_bytes=1 << 20, created=1.0, expires=None
-    )
-    monkeypatch.setattr(erllama.Cache, "pins", lambda self: [pin], raising=False)
+    pin = erllama.Pin("system-prompt", "scripted-7b", 2048, 1 << 20, None, 1.0, 2000)
+    monkeypatch.setattr(erllama.Cache, "pins", lambda self: [pin])
 
 
 def fill_chat(visit: Visit) -> None:

@@ -7,14 +7,13 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 import erllama
-from erllama.cache import Cache
+from erllama.cache import Cache, Pin
 from erllama.server import ApiKey
 from erllama.server.hit_history import MAX_INTERVALS, Counts, HitHistory
 from support.engine_models import GatedBackend
@@ -120,12 +119,23 @@ def test_a_key_sees_its_models_alone(model: erllama.Model) -> None:
 
 
 def test_pins_are_listed_if_the_cache_has_some(model: erllama.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    pin = SimpleNamespace(name="system", model="m", n_tokens=2000, n_bytes=4096, created=1.0, expires=None)
-    monkeypatch.setattr(Cache, "pins", lambda self: [pin], raising=False)
+    pin = Pin("system", "m", 2000, 4096, None, 1.0, 1900)
+    monkeypatch.setattr(Cache, "pins", lambda self: [pin])
     with running(model) as server:
         assert status(server)["pins"] == [
-            {"name": "system", "model": "m", "tokens": 2000, "bytes": 4096, "created": 1.0, "expires": None}
+            {
+                "name": "system",
+                "model": "m",
+                "tokens": 2000,
+                "stored_tokens": 1900,
+                "bytes": 4096,
+                "created": 1.0,
+                "expires": None,
+            }
         ]
+    keys = (ApiKey(secret="one", models=("m",)), ApiKey(secret="all"), ApiKey(secret="none", models=()))
+    with running(model, keys=keys) as server:
+        assert [len(status(server, secret)["pins"]) for secret in ("one", "all", "none")] == [1, 1, 0]
 
 
 # --- the history -----------------------------------------------------------------------------------
@@ -157,8 +167,8 @@ def test_a_clock_that_is_set_back_keeps_the_history_in_order() -> None:
 def test_the_documented_answer_has_the_fields_of_an_answer(
     model: erllama.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pin = SimpleNamespace(name="system", model="m", n_tokens=2000, n_bytes=4096, created=1.0, expires=None)
-    monkeypatch.setattr(Cache, "pins", lambda self: [pin], raising=False)
+    pin = Pin("system", "m", 2000, 4096, None, 1.0, 1900)
+    monkeypatch.setattr(Cache, "pins", lambda self: [pin])
     (documented,) = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
     with running(model) as server:
         server.post(chat_body(LONG, max_tokens=1))

@@ -105,7 +105,7 @@ def open_stream(server: ServeCommand, model: str, n_tokens: int) -> socket.socke
 def test_an_added_model_answers_and_a_removed_one_does_not(start: ServeCommand, folder: Folder) -> None:
     assert ask(start, "two").status_code == 404
     folder.write(model("one"), model("two"), key("k"))
-    assert "reloaded (models: 2, keys: 1)" in reload(start)
+    assert "reloaded (models: 2, keys: 1, pins: 0)" in reload(start)
     assert ask(start, "two").json()["model"] == "two"
     folder.write(model("two"), key("k"))
     reload(start)

@@ -234,7 +234,7 @@ def test_the_command_reads_but_does_not_change_a_read_only_directory(
         for change in (
             files.gc,
             files.evict,
-            files.remove_texts_and_damaged,
+            files.remove_pins_texts_and_damaged,
             lambda: files.verify(repair=True),
             lambda: files.shrink(0),
             lambda: files.put(block, memoryview(b"x")),

@@ -392,3 +392,38 @@ def test_a_reader_that_stops_does_not_stall_other_streams(remote: erllama.Model)
     # Unread tokens are joined.
     assert sum(len(delta.tokens) for delta in deltas) == len(reply.tokens) - 1
     assert len(deltas) < 300 or len(reply.tokens) < 300
+
+
+# --- pins --------------------------------------------------------------------------------------------
+
+
+def test_a_pin_protects_blocks_in_the_process_of_the_model(
+    tiny_gguf: Path, remote: erllama.Model, cache: erllama.Cache, tmp_path: Path
+) -> None:
+    prefix = list(range(10, 110))
+    pin = remote.pin(prefix, name="a", ttl="1h")
+    assert pin.complete
+    remote.evict()
+    cache.evict_bytes(10**9, ("ram_file",))
+    assert remote.cached_prefix([*prefix, 5]) == 100
+    assert remote.complete([*prefix, 5], max_tokens=1, temperature=0).cache.tokens == 100
+    remote.unload()
+    disk = tmp_path / "disk"
+    with erllama.Cache(ram=None, ram_file=tmp_path / "blocks", disk=disk, block_size=16) as both:
+        with erllama.load_model(tiny_gguf, cache=both, process=True, **OPTIONS) as model:  # type: ignore[arg-type]
+            model.pin(prefix, name="a")
+            assert [each.name for each in both.pins()] == ["a"]
+        both.unpin("a")
+        assert both.pins() == []
+
+
+def test_pins_are_read_into_the_memory_of_a_models_process(tiny_gguf: Path, tmp_path: Path) -> None:
+    prefix = list(range(10, 110))
+    with erllama.Cache(ram=0, disk=tmp_path / "disk", block_size=16) as cache:
+        with erllama.load_model(tiny_gguf, cache=cache, **OPTIONS) as model:  # type: ignore[arg-type]
+            model.pin(prefix)
+    options = {"ram": 0, "ram_file": tmp_path / "memory", "disk": tmp_path / "disk", "block_size": 16}
+    with erllama.Cache(**options) as cache:  # type: ignore[arg-type]
+        with erllama.load_model(tiny_gguf, cache=cache, process=True, **OPTIONS) as model:  # type: ignore[arg-type]
+            wait_until(lambda: cache.counters()["blocks_ram_file"] == 7)
+            assert model.complete(prefix, max_tokens=1).cache.tier == "ram_file"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from erllama._model.requests.speculation import DraftModel, drafter_factory
 from erllama.chat.request import ChatRequest
@@ -103,6 +103,15 @@ class TemplateOptions(TypedDict, total=False):
     thinking: str | bool | None
 
 
+class PinOptions(TemplateOptions, total=False):
+    """Options of `Model.pin`."""
+
+    name: str | None
+    ttl: float | str | None
+    cache_salt: str | None
+    timeout: float | None
+
+
 class ChatOptions(CompletionOptions, total=False):
     """Options of `Model.chat` and of its streaming and asyncio forms."""
 
@@ -131,6 +140,7 @@ _PREFILL = frozenset(PrefillOptions.__annotations__)
 _COMPLETION = frozenset(CompletionOptions.__annotations__) | _PREFILL
 _TEMPLATE = frozenset(TemplateOptions.__annotations__)
 _CHAT = frozenset(ChatOptions.__annotations__) - _COMPLETION
+_PIN = frozenset(PinOptions.__annotations__) - _TEMPLATE
 
 
 def template_request(messages: object, options: TemplateOptions, where: str) -> ChatRequest:
@@ -138,6 +148,14 @@ def template_request(messages: object, options: TemplateOptions, where: str) -> 
     checked = _known(options, _TEMPLATE, where)
     checked["thinking"] = thinking_choice(checked.get("thinking"))
     return ChatRequest(messages, **checked)  # type: ignore[arg-type]
+
+
+def pin_options(options: PinOptions, where: str) -> tuple[dict[str, object], TemplateOptions]:
+    """Return the options of a pin itself, unchecked, and those that change how its messages are rendered."""
+    known = _known(options, _PIN | _TEMPLATE, where)
+    own = {name: value for name, value in known.items() if name in _PIN}
+    template = {name: value for name, value in known.items() if name in _TEMPLATE and value is not None}
+    return own, cast(TemplateOptions, template)
 
 
 def chat_request(

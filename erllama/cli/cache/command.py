@@ -12,6 +12,7 @@ from erllama.cache.admin.maintenance import CacheFiles, ContextSummary, Namespac
 from erllama.cli.cache.archives import export_command, import_command
 from erllama.cli.cache.directories import directories_option, json_option, open_directories
 from erllama.cli.cache.maintenance import evict, gc, verify
+from erllama.cli.cache.pins import list_pins, pin_command, unpin_command
 from erllama.cli.console import format_age, format_count, format_size, print_fields, print_json, print_table
 
 
@@ -44,6 +45,7 @@ def stats(directories: tuple[Path, ...], as_json: bool) -> None:
                     ("directory", str(files.root)),
                     ("tier", files.tier + _status(files)),
                     ("stored", _totals(namespaces)),
+                    ("pinned", _pinned(files)),
                     ("index", format_size(int(str(usage["index_bytes"])))),
                     ("free space", format_size(int(str(usage["free_bytes"])))),
                 ]
@@ -65,6 +67,8 @@ def _usage(files: CacheFiles, namespaces: list[NamespaceSummary]) -> dict[str, o
         "blocks": sum(each.n_blocks for each in namespaces),
         "tokens": sum(each.n_tokens for each in namespaces),
         "bytes": sum(each.n_bytes for each in namespaces),
+        "pins": len(files.pins()),
+        "pinned_bytes": files.pinned().n_bytes,
         "index_bytes": sum(path.stat().st_size for path in files.root.glob("index.db*")),
         "free_bytes": shutil.disk_usage(files.root).free,
     }
@@ -78,6 +82,10 @@ def _totals(namespaces: list[NamespaceSummary]) -> str:
     blocks, tokens = sum(each.n_blocks for each in namespaces), sum(each.n_tokens for each in namespaces)
     n_bytes = sum(each.n_bytes for each in namespaces)
     return f"{format_count(blocks, 'block')}, {format_count(tokens, 'token')}, {format_size(n_bytes)}"
+
+
+def _pinned(files: CacheFiles) -> str:
+    return f"{format_size(files.pinned().n_bytes)}, {format_count(len(files.pins()), 'pin')}"
 
 
 def _print_namespaces(namespaces: list[NamespaceSummary]) -> None:
@@ -154,5 +162,5 @@ def _context_json(files: CacheFiles, context: ContextSummary) -> dict[str, objec
     }
 
 
-for command in (verify, gc, evict, export_command, import_command):
+for command in (verify, gc, evict, export_command, import_command, pin_command, list_pins, unpin_command):
     cache.add_command(command)

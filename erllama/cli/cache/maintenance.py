@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from erllama._runtime.printing import echo, one_line
-from erllama.cache.admin.maintenance import RemovalResult
+from erllama.cache.admin.maintenance import BlockTotals
 from erllama.cli.cache.directories import directories_option, json_option, matching_namespaces, open_directories
 from erllama.cli.console import format_count, format_size, print_json, progress_bar
 from erllama.cli.options import parse_age, parse_size
@@ -53,8 +53,13 @@ def gc(directories: tuple[Path, ...], quota: int | None, as_json: bool) -> None:
     with open_directories(directories) as opened:
         for files in opened:
             done = files.gc(quota)
+            pinned = files.pinned()
             if as_json:
-                removed = {"removed_blocks": done.removed.n_blocks, "removed_bytes": done.removed.n_bytes}
+                removed = {
+                    "removed_blocks": done.removed.n_blocks,
+                    "removed_bytes": done.removed.n_bytes,
+                    "pinned_bytes": pinned.n_bytes,
+                }
                 reports.append({"directory": str(files.root), **done._asdict()} | removed)
                 del reports[-1]["removed"]
             else:
@@ -63,19 +68,23 @@ def gc(directories: tuple[Path, ...], quota: int | None, as_json: bool) -> None:
                     f"{format_count(done.adopted, 'file')} added to the index, "
                     f"{format_count(done.forgotten, 'missing file')} removed from it"
                 )
-                echo(f"{one_line(str(files.root))}: {_removed_text(done.removed)}; {leftovers}, {index}")
+                kept = f", {format_size(pinned.n_bytes)} pinned" if pinned.n_blocks else ""
+                echo(f"{one_line(str(files.root))}: {_removed_text(done.removed)}; {leftovers}, {index}{kept}")
     if as_json:
         print_json(reports)
 
 
-def _removed_text(removed: RemovalResult) -> str:
+def _removed_text(removed: BlockTotals) -> str:
     return f"{format_count(removed.n_blocks, 'block')} removed, {format_size(removed.n_bytes)}"
 
 
 @click.command()
 @directories_option
 @click.option(
-    "--all", "everything", is_flag=True, help="Remove all blocks, the tokens of texts, and the files in damaged/."
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Remove all blocks and pins, the tokens of texts, and the files in damaged/.",
 )
 @click.option(
     "--namespace",
@@ -100,19 +109,25 @@ def evict(
     to_size: int | None,
     as_json: bool,
 ) -> None:
-    """Remove stored blocks. With --namespace and --older-than, both conditions must hold."""
+    """Remove stored blocks. With --namespace and --older-than, both conditions must hold.
+
+    Only --all removes pinned blocks.
+    """
     has_condition = bool(prefixes) or older_than is not None
     if has_condition + everything + (to_size is not None) != 1:
         raise click.UsageError("pass --all, or --to-size, or one or both of --namespace and --older-than")
     before = None if older_than is None else time.time_ns() - int(older_than * 1e9)
-    total = RemovalResult(0, 0)
+    total = BlockTotals(0, 0)
     with open_directories(directories) as opened:
         namespaces = matching_namespaces(opened, prefixes)
         for files in opened:
-            removed = files.shrink(to_size) if to_size is not None else files.evict(namespaces, used_before=before)
+            if to_size is not None:
+                removed = files.shrink(to_size)
+            else:
+                removed = files.evict(namespaces, used_before=before, pinned=everything)
             if everything:
-                files.remove_texts_and_damaged()
-            total = RemovalResult(total.n_blocks + removed.n_blocks, total.n_bytes + removed.n_bytes)
+                files.remove_pins_texts_and_damaged()
+            total = BlockTotals(total.n_blocks + removed.n_blocks, total.n_bytes + removed.n_bytes)
     if as_json:
         print_json({"removed_blocks": total.n_blocks, "removed_bytes": total.n_bytes})
     else:

@@ -44,7 +44,8 @@ class OutputConfig(msgspec.Struct):
 class MessagesBody(SamplingBody, kw_only=True):
     """The body of a message: Anthropic's fields, and the sampling options of the other APIs.
 
-    `cache_control` is not declared, here and in blocks: the server caches every prefix by itself.
+    `cache_control` is not declared, here and in blocks: the server caches every prefix by itself. `cache_control`
+    reads the one of blocks.
     """
 
     messages: list[Json]

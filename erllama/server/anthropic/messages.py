@@ -12,6 +12,7 @@ from erllama.chat.results import ChatCompletion
 from erllama.engine import Done
 from erllama.server.anthropic.blocks import BlockWriter
 from erllama.server.anthropic.bodies import MessagesBody
+from erllama.server.anthropic.cache_control import pin_prefixes
 from erllama.server.anthropic.conversation import ConversationReader
 from erllama.server.anthropic.errors import ERRORS, encode_error
 from erllama.server.anthropic.options import chat_options, template_options
@@ -73,11 +74,12 @@ async def answer(call: Call, body: MessagesBody) -> Response:
     writer = BlockWriter(ThoughtSigner(call.server.signing_key), hides_thinking=hides_thinking)
     reply = _Reply(call, served, replies, writer)
     if body.stream:
-        response = event_stream(call, _stream(reply, body.cache_salt), encode_error, _ping)
+        response = event_stream(call, _stream(reply, body), encode_error, _ping)
         response.headers.update(request_id_headers(call))
         return response
     async with replies:
         completion = await _collect(reply)
+    pin_prefixes(call, served, body, replies.prompt)
     values = reply.message() | {"content": writer.content} | _ending(completion) | {"usage": usage(completion)}
     return json_response(values, headers=request_id_headers(call))
 
@@ -133,7 +135,7 @@ async def _collect(reply: _Reply) -> ChatCompletion:
     return completion
 
 
-async def _stream(reply: _Reply, cache_salt: str | None) -> AsyncIterator[bytes]:
+async def _stream(reply: _Reply, body: MessagesBody) -> AsyncIterator[bytes]:
     """Yield the events of a message.
 
     The first one has the length of the prompt, and how much of it the cache has now. How much is read is known once
@@ -141,7 +143,7 @@ async def _stream(reply: _Reply, cache_salt: str | None) -> AsyncIterator[bytes]
     """
     async with reply.replies:
         prompt = reply.replies.prompt
-        salt = reply.call.cache_salt(cache_salt)
+        salt = reply.call.cache_salt(body.cache_salt)
         n_cached = await asyncio.to_thread(reply.served.model.cached_prefix, prompt, cache_salt=salt)
         counts = _input_usage(len(prompt), min(n_cached, len(prompt) - 1), 0) | {"output_tokens": 0}
         yield _encode({"type": "message_start", "message": reply.message() | {"usage": counts}})
@@ -157,6 +159,7 @@ async def _stream(reply: _Reply, cache_salt: str | None) -> AsyncIterator[bytes]
         assert isinstance(completion, ChatCompletion)
         yield _encode({"type": "message_delta", "delta": _ending(completion), "usage": usage(completion)})
         yield _encode({"type": "message_stop"})
+    pin_prefixes(reply.call, reply.served, body, prompt)
 
 
 def _ending(completion: ChatCompletion) -> Json:

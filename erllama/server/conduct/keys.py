@@ -57,6 +57,16 @@ class ApiKey:
             raise ApiError("permission", f"this key may use {allowed}, not {model!r}", "model_not_allowed")
 
 
+def combined_salt(of_key: str | None, requested: str | None) -> str | None:
+    """Return the salt of a request with a key: the key's and the requested one, each of which separates.
+
+    The length of the key's salt comes first, so that no request can spell the salt of another key.
+    """
+    if of_key is None and requested is None:
+        return None
+    return f"{len(of_key or '')}:{of_key or ''}{requested or ''}"
+
+
 def find_key(headers: Mapping[str, str], keys: Sequence[ApiKey]) -> ApiKey | None:
     """Return the key that a request has; None if the server has no keys.
 

@@ -50,6 +50,7 @@ class Lifecycle:
         loads, load_failures: how many there were, by name of the model.
         unloads: by name and reason.
         ended_counts: counts of the engines of models that were unloaded.
+        on_loaded: called with each model that was loaded.
     """
 
     def __init__(self, load: Loader, estimate: Estimator, memory_limit: int, memory_wait: float) -> None:
@@ -59,6 +60,7 @@ class Lifecycle:
         self.load_failures: Counter[str] = Counter()
         self.unloads: Counter[tuple[str, UnloadReason]] = Counter()
         self.ended_counts: Counter[str] = Counter()
+        self.on_loaded: Callable[[ServedModel], None] = lambda served: None
         self._load_entry, self._estimate = load, estimate
         # What `close` unloads. A load that nobody awaits any more may end after the event loop.
         self._alive: set[Model] = set()
@@ -219,6 +221,7 @@ class Lifecycle:
         model.served = serve(model.entry, ServedModel(loaded))
         model.error, model.last_used = "", time.monotonic()
         self.loads[model.name] += 1
+        self.on_loaded(model.served)
 
     def _fail(self, model: ConfiguredModel, error: Exception) -> None:
         """Answer the requests that wait for a model that cannot be loaded. The next request tries again."""

@@ -37,16 +37,19 @@ async def answer(call: Call, body: NoBody) -> Response:
     loaded = [model.served.model.cache for model, _ in models if model.served is not None]
     caches = {id(cache): cache for cache in (pool.cache, *loaded)}  # with that of models that are not loaded
     # In a thread: models in processes of their own report what they have.
-    tiers, pins = await asyncio.to_thread(lambda: (_tiers(caches.values()), _pins(list(caches.values()))))
+    names = {model.name for model, _ in models}
+    sees_all = call.key is None or call.key.models is None  # pins of other programs and removed models, too
+    tiers, pins = await asyncio.to_thread(
+        lambda: (_tiers(caches.values()), _pins(caches.values(), None if sees_all else names))
+    )
     values: Json = {
         "version": erllama.__version__,
         "time": time.time(),
         "tiers": tiers,
-        **_hits(call.server.history, {model.name for model, _ in models}),
+        **_hits(call.server.history, names),
         "models": [_model(model, described.info) for model, described in models],
+        "pins": pins,
     }
-    if pins is not None:
-        values["pins"] = pins
     return json_response(values)
 
 
@@ -72,25 +75,22 @@ def _tier(statuses: Sequence[TierStatus]) -> Json:
     }
 
 
-def _pins(caches: Sequence[Cache]) -> list[Json] | None:
-    """Return the pins of the caches; None if this version of the cache has none."""
-    found: list[Json] = []
-    for cache in caches:
-        read = getattr(cache, "pins", None)
-        if read is None:
-            return None
-        found += [
-            {
-                "name": pin.name,
-                "model": pin.model,
-                "tokens": pin.n_tokens,
-                "bytes": pin.n_bytes,
-                "created": pin.created,
-                "expires": pin.expires,
-            }
-            for pin in read()
-        ]
-    return found
+def _pins(caches: Iterable[Cache], models: Collection[str] | None) -> list[Json]:
+    """Return the pins of some models; None for all."""
+    return [
+        {
+            "name": pin.name,
+            "model": pin.model,
+            "tokens": pin.n_tokens,
+            "stored_tokens": pin.n_stored,
+            "bytes": pin.n_bytes,
+            "created": pin.created,
+            "expires": pin.expires,
+        }
+        for cache in caches
+        for pin in cache.pins()
+        if models is None or pin.model in models
+    ]
 
 
 def _hits(history: HitHistory, models: Collection[str]) -> Json:

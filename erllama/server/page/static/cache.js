@@ -89,8 +89,7 @@ export class CacheView {
     this.put(parts.tiers, tiers(status.tiers));
     this.put(parts.chart, chart(status, this.range));
     this.put(parts.models, models(status.models));
-    this.pins.hidden = !status.pins;
-    if (status.pins) this.put(parts.pins, pins(status.pins, status.time));
+    this.put(parts.pins, pins(status.pins, status.time));
   }
 
   /** Replace what a part shows, unless it is the same: a screen reader keeps its place. */
@@ -266,6 +265,8 @@ function modelCells(model) {
 function pins(all, now) {
   if (!all.length) return element("p", { class: "muted" }, "No prompt is pinned.");
   const expiry = (time) => (time ? `in ${seconds(Math.max(time - now, 0))}` : "never");
-  const row = (pin) => [pin.name, pin.model, whole(pin.tokens), bytes(pin.bytes), expiry(pin.expires)];
+  const tokens = (pin) =>
+    pin.stored_tokens < pin.tokens ? `${whole(pin.stored_tokens)} of ${whole(pin.tokens)} stored` : whole(pin.tokens);
+  const row = (pin) => [pin.name, pin.model, tokens(pin), bytes(pin.bytes), expiry(pin.expires)];
   return table(["Pin", "Model", "Tokens", "Size", "Expires"], all.map(row), 2);
 }

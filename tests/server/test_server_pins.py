@@ -1,0 +1,243 @@
+"""Pins of a server: `[[pins]]` of its configuration, and `cache_control` with a ttl of Anthropic's API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import erllama
+from erllama.errors import OptionError
+from erllama.server import ApiKey, ServedModel
+from erllama.server.configuration import read_configuration
+from erllama.server.models import ModelPool
+from erllama.server.pins import ConfiguredPins, PinEntry, pin_entries
+from erllama.server.settings import CommandOptions, read_settings
+from support.anthropic_clients import THINKING_TEMPLATE, TOOLS, client_of
+from support.chat.scripted_model import model_replying, user
+from support.cli import write_replying_model
+from support.http_server import CHAT, RunningServer, chat_body, running_server, serve_command
+from support.threads import wait_until
+
+RULES = "".join(f"Rule {n}: {n * 7919 % 1000}.\n" for n in range(30))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[erllama.Cache]:
+    with erllama.Cache(ram="8MiB", disk=tmp_path / "kv", block_size=16) as found:
+        yield found
+
+
+@pytest.fixture
+def model(cache: erllama.Cache) -> Iterator[erllama.Model]:
+    with model_replying("Fine.", template=THINKING_TEMPLATE, cache=cache) as found:
+        yield found
+
+
+@pytest.fixture
+def server(model: erllama.Model) -> Iterator[RunningServer]:
+    with running_server(model) as found:
+        yield found
+
+
+def pins_of(server: RunningServer, cache: erllama.Cache) -> list[erllama.Pin]:
+    """Return the pins once all that clients asked for are made."""
+    loop = server.uvicorn.servers[0].get_loop()
+    asyncio.run_coroutine_threadsafe(server.state.client_pins.wait(), loop).result(60)
+    return cache.pins()
+
+
+def block(text: str, ttl: object = None) -> dict[str, object]:
+    control = {"type": "ephemeral", **({} if ttl is None else {"ttl": ttl})}
+    return {"type": "text", "text": text, "cache_control": control}
+
+
+def ask(server: RunningServer, **body: object) -> httpx.Response:
+    usual: dict[str, object] = {"model": "any", "max_tokens": 10, "messages": [user("How are you?")]}
+    return server.post({**usual, **body}, "/v1/messages")
+
+
+# --- the configuration --------------------------------------------------------------------------------
+
+
+def test_configured_pins_are_read_with_their_files(tmp_path: Path) -> None:
+    (tmp_path / "messages.json").write_text(json.dumps([user("hello")]))
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    (tmp_path / "text.txt").write_text("Once")
+    path = tmp_path / "erllama.toml"
+    path.write_text(
+        '[[pins]]\nmodel = "chat"\nsystem = "Be terse."\ntools_file = "tools.json"\nttl = "12h"\n'
+        '[[pins]]\nmodel = "chat"\nname = "a"\nmessages_file = "messages.json"\ncache_salt = "x"\n'
+        '[[pins]]\nmodel = "chat"\ntext_file = "text.txt"\nttl = 60\n'
+    )
+    assert read_configuration(path).pins == (
+        PinEntry(model="chat", content=[{"role": "system", "content": "Be terse."}], tools=TOOLS, ttl=43200),
+        PinEntry(model="chat", content=[user("hello")], name="a", cache_salt="x"),
+        PinEntry(model="chat", content="Once", ttl=60),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('system = "a"', "line 1: a pin needs a model"),
+        ('model = "m"', "line 1: a pin needs one of system, text_file, messages_file"),
+        ('model = "m"\nsystem = "a"\ntext_file = "t"', "a pin needs one of"),
+        ('model = "m"\nsystem = 7', "line 3: system must be a text"),
+        ('model = "m"\nsystem = "a"\nttl = "soon"', "line 4: ttl='soon'; pass seconds"),
+        ('model = "m"\nsistem = "a"', "line 3: .* did you mean 'system'"),
+        ('model = "m"\ntext_file = "none.txt"', "line 3: text_file: .*none.txt cannot be read"),
+        ('model = "m"\nmessages_file = "erllama.toml"', "line 3: messages_file: .* is not JSON"),
+        ('model = "m"\ntext_file = "erllama.toml"\ntools_file = "x"', "line 4: tools_file has an effect"),
+    ],
+)
+def test_mistakes_in_pins_are_reported_with_their_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "erllama.toml"
+    path.write_text(f"[[pins]]\n{text}\n")
+    (mistake,) = read_configuration(path).mistakes
+    assert re.search(message, str(mistake))
+
+
+def test_a_pin_of_an_unknown_model_is_a_mistake_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "erllama.toml"
+    path.write_text('[[pins]]\nsystem = "a"\nmodel = "other"\n')
+    with pytest.raises(OptionError, match="line 3: a pin names the model 'other'; the server has erllama-demo"):
+        read_settings(CommandOptions(config=path))
+
+
+def test_requests_of_a_key_find_the_pin_of_its_salt_warm(model: erllama.Model, cache: erllama.Cache) -> None:
+    system = {"role": "system", "content": RULES}
+    entry = PinEntry(model="chat", content=[system], name="rules", cache_salt="team")
+    pin_entries(ServedModel(model), [entry], has_keys=True)
+    (pin,) = cache.pins()
+    keys = (ApiKey(secret="a", cache_salt="team"), ApiKey(secret="b"))
+    with running_server(model, keys=keys) as server:
+        body = {"messages": [system, user("hello")], "max_tokens": 5}
+        for secret, expected in (("b", 0), ("a", pin.n_tokens)):
+            answer = server.post(body, headers={"authorization": f"Bearer {secret}"}).json()
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == expected
+
+
+def test_a_pin_that_fails_is_logged_and_the_others_are_made(
+    model: erllama.Model, cache: erllama.Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = [
+        PinEntry(model="chat", content=[{"role": "nobody", "content": 7}], name="bad"),
+        PinEntry(model="chat", content="Once upon a time", name="good"),
+    ]
+    with caplog.at_level(logging.WARNING, "erllama.server"):
+        ConfiguredPins().set(entries, ModelPool([ServedModel(model)]), has_keys=False)
+        wait_until(lambda: [pin.name for pin in cache.pins()] == ["good"])
+    assert "could not be pinned" in caplog.text
+
+
+def test_the_command_pins_what_its_configuration_names(tmp_path: Path) -> None:
+    path = write_replying_model(tmp_path / "little.gguf", "Hi you")
+    config = tmp_path / "erllama.toml"
+    config.write_text(f'[[pins]]\nmodel = "little"\nname = "rules"\nsystem = "{"Be terse. " * 30}"\n')
+    directory = tmp_path / "kv"
+    options = ("--threads", 1, "--n-ctx", 1024, "--config", config)
+    with serve_command(tmp_path, path, *options) as server:
+        with erllama.Cache(ram=0, disk=directory, watch=False) as cache:
+            wait_until(lambda: [pin.name for pin in cache.pins()] == ["rules"])
+            (pin,) = cache.pins()
+        body = chat_body() | {"messages": [{"role": "system", "content": "Be terse. " * 30}, user("hello")]}
+        answer = httpx.post(server.url + CHAT, json=body, timeout=120).json()
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= pin.n_tokens
+        server.stop()
+
+
+def test_pins_are_made_when_their_model_is_loaded_and_by_a_reload(tmp_path: Path) -> None:
+    path = write_replying_model(tmp_path / "little.gguf", "Hi you")
+    config = tmp_path / "erllama.toml"
+    pin = '[[pins]]\nmodel = "small"\nname = "{}"\nsystem = "Be {}."\n'
+    config.write_text(pin.format("rules", "terse"))
+    options = ("--threads", 1, "--n-ctx", 1024, "--config", config, "--on-request", "--in-process")
+    with serve_command(tmp_path, f"small={path}", *options) as server:
+        with erllama.Cache(ram=0, disk=tmp_path / "kv", watch=False) as cache:
+            assert cache.pins() == []
+            assert httpx.post(server.url + CHAT, json=chat_body(max_tokens=1), timeout=120).status_code == 200
+            wait_until(lambda: [pin.name for pin in cache.pins()] == ["rules"])
+            config.write_text(pin.format("rules", "terse") + pin.format("more", "kind"))
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: {pin.name for pin in cache.pins()} == {"rules", "more"})
+        server.stop()
+
+
+# --- cache_control --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_ttl_pins_the_prefix_up_to_its_block(server: RunningServer, cache: erllama.Cache, stream: bool) -> None:
+    answer = ask(server, system=[block(RULES, "1h"), {"type": "text", "text": "Monday it is."}], stream=stream)
+    assert answer.status_code == 200
+    (pin,) = pins_of(server, cache)
+    assert pin.name.startswith("client-1h-")
+    assert pin.expires is not None
+    assert pin.expires - pin.created == pytest.approx(3600, abs=60)
+    model = server.state.models.loaded()[0].model
+    other = [{"role": "system", "content": RULES + "Friday it is."}, user("hello")]
+    cache.evict_bytes(10**9, ("ram", "disk"))
+    assert pin.n_tokens > len(RULES) / 8
+    assert model.cached_prefix(model.apply_chat_template(other)) == pin.n_tokens
+
+
+def test_the_longest_prefix_of_each_time_is_pinned(server: RunningServer, cache: erllama.Cache) -> None:
+    tools = [{**TOOLS[0], "cache_control": {"type": "ephemeral", "ttl": "1h"}}]
+    messages = [{"role": "user", "content": [block("How", "5m"), block(" are you?", "5m")]}]
+    ask(server, tools=tools, system=[block(RULES, "1h")], messages=messages)
+    found = pins_of(server, cache)
+    assert sorted(pin.name[:10] for pin in found) == ["client-1h-", "client-5m-"]
+    long, short = sorted(found, key=lambda pin: pin.n_tokens, reverse=True)
+    assert (long.name[:9], short.name[:9]) == ("client-5m", "client-1h")
+
+
+def test_the_same_prefix_has_one_pin(server: RunningServer, cache: erllama.Cache) -> None:
+    for question in ("How are you?", "Who are you?"):
+        ask(server, system=[block(RULES, "5m")], messages=[user(question)])
+        pins_of(server, cache)
+    assert len(pins_of(server, cache)) == 1
+
+
+@pytest.mark.parametrize("ttl", [None, "2h", 300, {"a": 1}, ""])
+def test_without_a_known_ttl_no_prefix_is_pinned(server: RunningServer, cache: erllama.Cache, ttl: object) -> None:
+    assert ask(server, system=[block(RULES, ttl)]).status_code == 200
+    assert pins_of(server, cache) == []
+
+
+def test_anthropics_client_can_ask_for_a_ttl(server: RunningServer, cache: erllama.Cache) -> None:
+    with client_of(server.url) as client:
+        system = [block(RULES, "5m")]
+        client.messages.create(model="any", max_tokens=5, system=system, messages=[user("hello")])  # type: ignore[arg-type]
+    assert len(pins_of(server, cache)) == 1
+
+
+def test_clients_have_half_of_the_bound_and_no_request_fails(tmp_path: Path) -> None:
+    with (
+        erllama.Cache(ram="8MiB", disk=tmp_path, block_size=16, pin_quota=30_000) as cache,
+        model_replying("Fine.", cache=cache) as model,
+        running_server(model) as server,
+    ):
+        for n in range(6):
+            assert ask(server, system=[block(f"Text {n}. " * 12, "1h")]).status_code == 200
+            pins_of(server, cache)
+        assert 0 < cache.counters()["bytes_pinned"] <= 15_000
+        assert cache.counters()["pins_refused"] > 0
+        assert model.pin("Of the operator. " * 4).complete
+
+
+def test_the_oldest_pin_of_clients_ends_beyond_their_number(
+    server: RunningServer, cache: erllama.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("erllama.server.pins._MAX_CLIENT_PINS", 2)
+    for n in range(4):
+        ask(server, system=[block(f"{n} {RULES}", "1h")])
+        pins_of(server, cache)
+    assert len(pins_of(server, cache)) == 2
