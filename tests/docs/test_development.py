@@ -30,7 +30,7 @@ def test_an_extra_lists_its_requirements_and_those_of_nested_extras() -> None:
 def test_an_unknown_extra_is_an_error_that_lists_the_extras() -> None:
     finished = script("extra_requirements.py", "develop")
     assert finished.returncode == 1
-    assert "no extra 'develop'; choose one of dev, docs, " in finished.stderr
+    assert "no extra 'develop'; choose one of clients, dev, docs, " in finished.stderr
 
 
 @pytest.mark.parametrize(("length", "status"), [(1, 0), (72, 0), (73, 1)])
