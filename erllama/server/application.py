@@ -99,9 +99,8 @@ def make_app(server: Server) -> ASGIApp:
     endpoints = all_endpoints()
     endpoints.append(document_endpoint(endpoints, ERRORS))
     options = server.options
-    if options.page:
-        endpoints += page.page_endpoints()
-    routes = make_routes(endpoints, server)
+    files = page.page_endpoints() if options.page else []  # not a part of the API, so not in its document
+    routes = make_routes([*endpoints, *files], server)
     middleware = [
         Middleware(AccessLog, server.count),
         Middleware(HostCheck, options.allowed_hosts, options.cors_origins, _refuse),

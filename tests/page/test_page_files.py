@@ -16,7 +16,8 @@ from erllama.engine.backends.stub import StubBackend
 from erllama.errors import OptionError
 from erllama.server import ApiKey, ServerOptions
 from erllama.server.page import files
-from support.http_server import RunningServer, running
+from support.cli import write_replying_model
+from support.http_server import RunningServer, running, serve_command
 from support.paths import ROOT
 
 STATIC = ROOT / "erllama" / "server" / "page" / "static"
@@ -117,6 +118,13 @@ def test_without_the_page_only_the_status_remains(model: erllama.Model) -> None:
         assert httpx.head(server.url + "/").status_code == 200
         assert httpx.get(server.url + "/page/main.js").status_code == 404
         assert httpx.get(server.url + "/erllama/status").status_code == 200
+
+
+def test_the_command_serves_the_page_unless_told_otherwise(tmp_path: Path) -> None:
+    path = write_replying_model(tmp_path / "model.gguf", "Hi you")
+    for arguments, statuses in (((), (200, 200)), (("--no-page",), (405, 404))):
+        with serve_command(tmp_path, path, "--threads", 1, "--n-ctx", 512, "--in-process", *arguments) as server:
+            assert tuple(httpx.get(server.url + each).status_code for each in ("/", "/page/main.js")) == statuses
 
 
 def test_the_option_is_true_or_false() -> None:
