@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from erllama._model.info import devices
 from erllama.cache.pressure.memory import MemoryUsage, open_sources, readings
@@ -44,7 +44,7 @@ def needed_memory(entry: ModelEntry) -> MemoryEstimate:
 
 
 def not_enough_memory(
-    name: str, needed: MemoryEstimate, limit: int, users: Iterable[tuple[str, int]], is_busy: bool
+    name: str, needed: MemoryEstimate, limit: int, users: Sequence[tuple[str, int]], is_busy: bool
 ) -> MemoryLimitExceeded:
     """Return the error for a model that does not fit.
 
@@ -57,9 +57,10 @@ def not_enough_memory(
         f"{needed.n_ctx} tokens {_size(needed.kv + needed.state)}, computing {_size(needed.compute)}), and the "
         f"memory limit is {_size(limit)}"
     )
-    shares = ", ".join(f"{user!r} {_size(n_bytes)}" for user, n_bytes in users)
-    if shares:
-        message += f", of which other models use: {shares}"
+    if users:
+        # Their names are for the log alone: a client may not know of models that its key must not use.
+        log.warning("memory of loaded models: %s", ", ".join(f"{name!r} {_size(n)}" for name, n in users))
+        message += f", of which other models use {_size(sum(n for _, n in users))}"
     remedy = "try again once these are idle" if is_busy else "use a smaller n_ctx, or a higher memory_limit"
     return MemoryLimitExceeded(f"{message}; {remedy}", needed.total, limit, is_busy)
 
