@@ -65,11 +65,14 @@ class TemplateError(ChatError):
 
     Attributes:
         line: line of the template, from 1; None if it is unknown.
+        exceeds_limit: whether it exceeds a limit.
     """
 
-    def __init__(self, message: str, *, index: int | None = None, line: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, index: int | None = None, line: int | None = None, exceeds_limit: bool = False
+    ) -> None:
         super().__init__(message, index=index)
-        self.line = line
+        self.line, self.exceeds_limit = line, exceeds_limit
 
 
 class ToolCallError(ChatError):

@@ -80,7 +80,9 @@ class Conversation:
         messages = adapt_messages(self.messages, self.template.source)
         try:
             return self._render_messages(messages, add_generation_prompt)
-        except TemplateError:
+        except TemplateError as error:
+            if error.exceeds_limit:
+                raise  # it would take as long again
             # Some templates require the arguments of calls as JSON text, and some that roles alternate.
             alternating = alternate_roles(messages)
             tried = [messages]

@@ -1,4 +1,4 @@
-"""The files in `deploy/`: the systemd unit, the container file, and the configuration that both use."""
+"""The files in `deploy/`: the systemd unit, the container file, and the example of a configuration."""
 
 from __future__ import annotations
 

@@ -133,9 +133,9 @@ def test_pins_are_listed_if_the_cache_has_some(model: erllama.Model, monkeypatch
                 "expires": None,
             }
         ]
-    keys = (ApiKey(secret="one", models=("m",)), ApiKey(secret="all"), ApiKey(secret="none", models=()))
+    keys = (ApiKey(secret="one", models=("m",)), ApiKey(secret="all"), ApiKey(secret="none", models=()), ApiKey(secret="salted", cache_salt="s"))
     with running(model, keys=keys) as server:
-        assert [len(status(server, secret)["pins"]) for secret in ("one", "all", "none")] == [1, 1, 0]
+        assert [len(status(server, secret)["pins"]) for secret in ("one", "all", "none", "salted")] == [1, 1, 0, 0]
 
 
 # --- the history -----------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_configured_pins_are_read_with_their_files(tmp_path: Path) -> None:
         ('model = "m"\nsystem = "a"\ntext_file = "t"', "a pin needs one of"),
         ('model = "m"\nsystem = 7', "line 3: system must be a text"),
         ('model = "m"\nsystem = "a"\nttl = "soon"', "line 4: ttl='soon'; pass seconds"),
-        ('model = "m"\nsistem = "a"', "line 3: .* did you mean 'system'"),
+        ('model = "m"\nsystem = "a"\nsistem = "a"', "line 4: .* did you mean 'system'"),
         ('model = "m"\ntext_file = "none.txt"', "line 3: text_file: .*none.txt cannot be read"),
         ('model = "m"\nmessages_file = "erllama.toml"', "line 3: messages_file: .* is not JSON"),
         ('model = "m"\ntext_file = "erllama.toml"\ntools_file = "x"', "line 4: tools_file has an effect"),
@@ -108,7 +108,7 @@ def test_mistakes_in_pins_are_reported_with_their_line(tmp_path: Path, text: str
 def test_a_pin_of_an_unknown_model_is_a_mistake_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "erllama.toml"
     path.write_text('[[pins]]\nsystem = "a"\nmodel = "other"\n')
-    with pytest.raises(OptionError, match="line 3: a pin names the model 'other'; the server has erllama-demo"):
+    with pytest.raises(OptionError, match="line 3: a pin names the model 'other'; the server has demo"):
         read_settings(CommandOptions(config=path))
 
 
@@ -129,8 +129,9 @@ def test_a_pin_that_fails_is_logged_and_the_others_are_made(
     model: erllama.Model, cache: erllama.Cache, caplog: pytest.LogCaptureFixture
 ) -> None:
     entries = [
-        PinEntry(model="chat", content=[{"role": "nobody", "content": 7}], name="bad"),
-        PinEntry(model="chat", content="Once upon a time", name="good"),
+        PinEntry(model=model.id, content=[{"role": "nobody", "content": 7}], name="bad"),
+        PinEntry(model="other", content="Once", name="of another model"),
+        PinEntry(model=model.id, content="Once upon a time", name="good"),
     ]
     with caplog.at_level(logging.WARNING, "erllama.server"):
         ConfiguredPins().set(entries, ModelPool([ServedModel(model)]), has_keys=False)

@@ -23,7 +23,7 @@ WAIT = 300.0  # seconds; a busy machine needs some of them
 # What the tools return, by the names of the tools.
 RESULTS = {
     "exec_command": f"Exit code 0 after 0.01 s. Output:\n{TEXT}",
-    "read": f"<path>/work/{NOTES}</path>\n<content>\n1: {NEW_LINE}\n</content>",
+    "read": f"<path>/project/{NOTES}</path>\n<content>\n1: {NEW_LINE}\n</content>",
     "edit": "The file has the new text.",
     "bash": f"2 {NOTES}\n",
 }

@@ -154,14 +154,15 @@ class ChatTemplate:
                 )
 
     def _run(self, variables: dict[str, object], input_characters: int) -> str:
-        failure: tuple[str, int | None]
+        failure: tuple[str, int | None, bool]
         try:
             machine = Machine(TABLES, input_characters)
             return _join_output(machine, self._start(machine, variables))
         except Exception as error:
-            failure = _error_text(error), _template_line(error.__traceback__, self._code)
+            is_limit = isinstance(error, LimitExceeded)
+            failure = _error_text(error), _template_line(error.__traceback__, self._code), is_limit
         # Raised outside of the handler, so that the error does not keep the template's values alive.
-        raise TemplateError(failure[0], line=failure[1])
+        raise TemplateError(failure[0], line=failure[1], exceeds_limit=failure[2])
 
     def _start(self, machine: Machine, variables: dict[str, object]) -> Iterator[str]:
         names = {

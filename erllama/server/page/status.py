@@ -15,6 +15,7 @@ import erllama
 from erllama._model.info import ModelInfo
 from erllama.cache import Cache, TierStatus
 from erllama.server.conduct.bodies import Json
+from erllama.server.conduct.keys import ApiKey
 from erllama.server.endpoints import Call, Endpoint, NoBody, json_response
 from erllama.server.hit_history import INTERVAL_SECONDS, Counts, HitHistory
 from erllama.server.models import ConfiguredModel
@@ -34,14 +35,12 @@ async def answer(call: Call, body: NoBody) -> Response:
     """Answer with the status."""
     pool = call.server.models
     models = await pool.describe_all(call.allowed_models())
-    loaded = [model.served.model.cache for model, _ in models if model.served is not None]
-    caches = {id(cache): cache for cache in (pool.cache, *loaded)}  # with that of models that are not loaded
-    # In a thread: models in processes of their own report what they have.
+    # Models that are loaded on request have the pool's cache.
+    used = [pool.cache if model.served is None else model.served.model.cache for model, _ in models]
+    caches = list({id(cache): cache for cache in used}.values())
     names = {model.name for model, _ in models}
-    sees_all = call.key is None or call.key.models is None  # pins of other programs and removed models, too
-    tiers, pins = await asyncio.to_thread(
-        lambda: (_tiers(caches.values()), _pins(caches.values(), None if sees_all else names))
-    )
+    # In a thread: models in processes of their own report what they have.
+    tiers, pins = await asyncio.to_thread(lambda: (_tiers(caches), _pins(caches, _models_of_pins(call.key, names))))
     values: Json = {
         "version": erllama.__version__,
         "time": time.time(),
@@ -73,6 +72,16 @@ def _tier(statuses: Sequence[TierStatus]) -> Json:
         "read_only": all(status.read_only for status in statuses),
         "failed": any(status.error is not None for status in statuses),
     }
+
+
+def _models_of_pins(key: ApiKey | None, names: Collection[str]) -> Collection[str] | None:
+    """Return the models whose pins a key sees; None for all: those of other programs and removed models, too.
+
+    A key with a salt of its own sees none, since pins have names, and may be of another salt.
+    """
+    if key is not None and key.cache_salt is not None:
+        return ()
+    return None if key is None or key.models is None else names
 
 
 def _pins(caches: Iterable[Cache], models: Collection[str] | None) -> list[Json]:

@@ -61,7 +61,7 @@ def test_requests_below_the_share_are_misses(capsys: pytest.CaptureFixture[str])
 
 def test_no_two_pieces_of_the_scripts_are_equal() -> None:
     for agent in (codex.Codex(), opencode.OpenCode()):
-        texts = list(agent.script(Path("/work")).replies().values())
+        texts = list(agent.script(Path("/project")).replies().values())
         pieces = _unique_pieces(texts)
         assert ["".join(each) for each in pieces] == texts
         flat = [piece for each in pieces for piece in each]

@@ -31,12 +31,12 @@ def agent(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model(agent: str, tmp_path: Path) -> Path:
-    return write_scripted_model(tmp_path / "agent.gguf", AGENTS[agent][0].script(Path("/work")))
+    return write_scripted_model(tmp_path / "agent.gguf", AGENTS[agent][0].script(Path("/project")))
 
 
 def scripted_texts(agent: str, turn: int) -> list[str]:
     """Return the texts of a turn's replies: of a call, the thinking."""
-    script = AGENTS[agent][0].script(Path("/work"))
+    script = AGENTS[agent][0].script(Path("/project"))
     return [
         reply.thinking if isinstance(reply, Call) else reply for reply in (script.later if turn else script.first)
     ]
