@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -139,6 +140,7 @@ def serve(
         return _check(command)
     settings = read_settings(command)
     with ExitStack() as stack:
+        stack.enter_context(_no_early_hangups())
         bound = stack.enter_context(settings.listen.bind())  # before the models, whose loading takes long
         stack.enter_context(_log_access(settings.access_log))
         cache = stack.enter_context(_open_cache(loading, settings.cache, in_process))
@@ -179,6 +181,19 @@ def _open_cache(
     if loading.no_cache:
         return erllama.Cache() if in_process else memory_cache(configured)
     return erllama.Cache(**configured)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _no_early_hangups() -> Iterator[None]:
+    """Ignore SIGHUP while models are loaded and saved: it would end the process. Without effect in a terminal."""
+    if sys.stderr.isatty():
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextmanager

@@ -23,8 +23,9 @@ def stop(model: str, host: str, port: int, api_key_file: Path | None) -> None:
     """
     server = RunningServer(host, port, api_key_file)
     status = server.post("/models/unload", {"model": model})["status"]
-    if status["in_use"]:
-        echo(f"{model} is in use, and is unloaded once its requests have ended")
+    if status["in_use"] or status["value"] == "loading":
+        state = "in use" if status["in_use"] else "being loaded"
+        echo(f"{model} is {state}, and is unloaded once its requests have ended")
         return
     while status["value"] == "unloading":
         time.sleep(_POLL)

@@ -203,7 +203,7 @@ class _Reader:
     def _keys_of(self, source: str, value: object, limits: dict[str, object]) -> list[ApiKey]:
         """Return the keys of an entry from the file itself, from another one, or from a variable."""
         if not isinstance(value, str):
-            raise OptionError(f"{source} must be a text, not {shown(value)}")
+            raise OptionError(f"{source} must be a text; put it into quotes")  # without the secret
         if source == "key_file":
             return read_key_file(self._resolve(value), **limits)
         if source == "key":

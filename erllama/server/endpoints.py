@@ -103,10 +103,12 @@ class Call:
         Raises:
             ApiError: the model does not exist, or the key may not use it.
         """
-        found = self.server.models.find(name, self.allowed_models())
+        allowed = self.allowed_models()
+        found = self.server.models.find(name, allowed)
         self.record.model = found.name
-        if self.key is not None:
-            self.key.check_model(found.name)
+        if found not in allowed:
+            names = ", ".join(each.name for each in allowed) or "no model"
+            raise ApiError("permission", f"this key may use {names}, not {name!r}", "model_not_allowed")
         return found
 
     async def use_model(self, name: str | None, keep_alive: float | None = None) -> ServedModel:

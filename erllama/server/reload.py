@@ -51,6 +51,7 @@ class Reloader:
     async def _reload(self) -> None:
         try:
             new = await asyncio.to_thread(self._read)
+            self._started_with.listen.check_keys(bool(new.options.keys))  # the address stays the same
             self._server.models.reconfigure(new.models)  # raises OptionError before it changes anything
             self._server.options = replace(self._server.options, keys=new.options.keys)
             self._server.configured_pins.set(new.pins, self._server.models, has_keys=bool(new.options.keys))

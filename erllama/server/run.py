@@ -94,6 +94,8 @@ class _UvicornServer(uvicorn.Server):
         finally:
             for number in (*_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+            if not self._in_terminal:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)  # contexts are being saved
 
     def _hang_up(self) -> None:
         """Reload at a SIGHUP. If the terminal of the server is closed, which also sends one, stop."""
@@ -131,5 +133,6 @@ class _UvicornServer(uvicorn.Server):
         log.warning(
             "requests still run after %g s; their models are unloaded", self._server.options.shutdown_seconds
         )
-        models = [served.model for served in self._server.models.loaded()]
+        # With those that a reload has removed.
+        models = [each.served.model for each in self._server.models.lifecycle.known if each.served is not None]
         await asyncio.gather(*(asyncio.to_thread(model.unload) for model in models))

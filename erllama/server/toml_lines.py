@@ -31,11 +31,17 @@ def toml_lines(text: str) -> dict[Place, int]:
     return lines
 
 
+# What ends a value of several lines.
+_ENDS = ("]", "}", '"""', "'''")
+
+
 def _statements(text: str) -> Iterator[tuple[int, str, Mapping[str, object]]]:
     """Yield each header and each assignment, with its first line and its own value as a file of its own."""
     pending: list[str] = []
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         pending.append(line)
+        if len(pending) > 1 and not any(end in line for end in _ENDS):
+            continue  # without parsing what is long again
         statement = "\n".join(pending)
         try:
             found = tomllib.loads(statement)

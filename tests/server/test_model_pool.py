@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 
 import pytest
 
 import erllama
+from erllama.engine.backends.memory_estimate import MemoryEstimate
 from erllama.errors import OptionError
 from erllama.server.conduct.durations import FOREVER, parse_duration
 from erllama.server.conduct.errors import ApiError
-from erllama.server.models import ModelPool
+from erllama.server.models import ModelEntry, ModelPool
 from support.model_pools import StubPool, stub_entry
 
 # --- loading -------------------------------------------------------------------------------------
@@ -248,7 +250,9 @@ def test_a_model_waits_for_busy_ones_and_their_next_requests_wait_for_it() -> No
     assert stubs.n_loads == {"a": 2, "b": 1}
 
 
-def test_a_model_that_stays_busy_keeps_its_place_and_the_other_is_refused() -> None:
+def test_a_model_that_stays_busy_keeps_its_place_and_the_other_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     stubs = StubPool("a", "b", memory_limit=15, memory_wait=0.05)
 
     async def test() -> None:
@@ -257,7 +261,8 @@ def test_a_model_that_stays_busy_keeps_its_place_and_the_other_is_refused() -> N
             await stubs.use("b")
         assert (refused.value.kind, refused.value.code) == ("unavailable", "memory_in_use")
         assert refused.value.retry_after
-        assert "'a'" in refused.value.message
+        assert "'a'" not in refused.value.message, "a client may not know of all models"
+        assert "'a'" in caplog.text
         await stubs.use("a")  # which takes requests again
         stubs.pool.release(stubs["a"])
         stubs.pool.release(stubs["a"])
@@ -307,6 +312,29 @@ def test_nothing_makes_room_for_requests_that_have_left() -> None:
         await stubs.until(lambda: stubs["b"].state == "unloaded")
         assert stubs["a"].is_ready
         await stubs.use("a")
+
+    stubs.run(test)
+    assert stubs.n_loads == {"a": 1}
+
+
+def test_a_client_that_leaves_before_there_is_room_evicts_nothing() -> None:
+    stubs = StubPool("a", stub_entry("b", n_bytes=15))
+    estimate, may_estimate = stubs.pool.lifecycle._estimate, threading.Event()
+
+    def slow(entry: ModelEntry) -> MemoryEstimate:
+        assert may_estimate.wait(60)
+        return estimate(entry)
+
+    async def test() -> None:
+        await stubs.touch("a")
+        stubs.pool.lifecycle._estimate = slow
+        request = asyncio.create_task(stubs.use("b"))
+        await stubs.until(lambda: stubs["b"].state == "loading")
+        request.cancel()
+        await asyncio.sleep(0.01)
+        may_estimate.set()
+        await stubs.until(lambda: stubs["b"].state == "unloaded")
+        assert stubs.states() == {"a": "loaded", "b": "unloaded"}
 
     stubs.run(test)
     assert stubs.n_loads == {"a": 1}
@@ -412,6 +440,38 @@ def test_a_model_with_other_options_is_loaded_again_once_it_is_idle() -> None:
         assert stubs["a"].n_bytes == 15
 
     stubs.run(test)
+
+
+def test_a_model_that_is_changed_twice_while_in_use_is_loaded_once_at_a_time() -> None:
+    stubs = StubPool("a")
+
+    async def test() -> None:
+        await stubs.use("a")
+        configured, requests = [stubs["a"]], []
+        for n_bytes in (9, 8):
+            stubs.pool.reconfigure([stub_entry("a", n_bytes=n_bytes)])
+            configured.append(stubs["a"])
+            requests.append(asyncio.create_task(stubs.use("a")))
+            await asyncio.sleep(0.01)
+        assert stubs.n_loads == {"a": 1}
+        for model, request in zip(configured, requests, strict=False):
+            stubs.pool.release(model)
+            assert (await request).id == "a"
+        stubs.pool.release(configured[-1])
+
+    stubs.run(test)
+    assert stubs.n_loads == {"a": 3}
+
+
+def test_a_model_that_now_loads_at_the_start_is_loaded() -> None:
+    stubs = StubPool("a", "b")
+
+    async def test() -> None:
+        stubs.pool.reconfigure([stub_entry("a", load="start"), stub_entry("b")])
+        await stubs.until(lambda: stubs["a"].state == "loaded")
+
+    stubs.run(test)
+    assert stubs.n_loads == {"a": 1}
 
 
 def test_new_models_are_loaded_in_the_background_if_they_load_at_the_start() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import itertools
 import json
@@ -15,6 +16,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+import erllama
+from erllama.engine.backends.stub import StubBackend
+from erllama.server.application import make_server
+from erllama.server.reload import Reloader
+from erllama.server.settings import CommandOptions, read_settings
 from support.cli import write_replying_model
 from support.http_server import CHAT, JSON, ServeCommand, chat_body, read_until, request_bytes, serve_command
 from support.pseudo_terminal import PseudoTerminal
@@ -201,6 +207,25 @@ def test_reloads_under_load_lose_no_request(start: ServeCommand, folder: Folder)
     assert n_reloads(start, "ok") > 1
     assert n_reloads(start, "error") == 0
     assert "Traceback" not in start.log.read_text()
+
+
+def test_the_last_key_stays_while_other_machines_can_connect(tmp_path: Path) -> None:
+    path = tmp_path / "erllama.toml"
+    path.write_text('[server]\nhost = "0.0.0.0"\n[[keys]]\nkey = "k"\n')
+    path.chmod(0o600)
+    started = read_settings(CommandOptions(config=path))
+    with erllama.load_backend(StubBackend(), cache=erllama.Cache()) as model:
+        server = make_server(model, started.options)
+        reloader = Reloader(server, started, lambda: read_settings(CommandOptions(config=path)))
+        path.write_text('[server]\nhost = "127.0.0.1"\n')  # of the next start alone
+
+        async def reload_now() -> None:
+            reloader.request()
+            assert reloader._running is not None
+            await reloader._running
+
+        asyncio.run(reload_now())
+        assert [key.secret for key in server.options.keys] == ["k"]
 
 
 def test_the_service_manager_hears_of_each_state(tmp_path: Path, folder: Folder) -> None:

@@ -11,7 +11,7 @@ import pytest
 import erllama
 from erllama.cache import Cache
 from erllama.errors import OptionError
-from erllama.server import ApiKey
+from erllama.server import ApiKey, ServedModel
 from erllama.server.conduct.errors import ApiError
 from erllama.server.conduct.hosts import HostCheck
 from erllama.server.conduct.rate_limits import RateLimits
@@ -96,6 +96,17 @@ def test_a_key_uses_its_models_alone(model: erllama.Model) -> None:
 
             assert status("second", "one") == status("second", "all") == status("stub", "all") == 200
             assert status("stub", "one") == 403
+            assert httpx.get(f"{server.url}/metrics", headers={"x-api-key": "one"}).status_code == 403
+
+
+def test_a_name_for_all_others_does_not_show_a_model_that_a_key_may_not_use(model: erllama.Model) -> None:
+    with Cache() as cache, erllama.load_backend(GatedBackend(), id="second", cache=cache) as second:
+        keys = (ApiKey(secret="one", models=("second",)), ApiKey(secret="none", models=()))
+        with running([ServedModel(model, aliases=("*",)), second], keys=keys) as server:
+            for key, name in (("one", "anything"), ("none", "anything"), ("none", "")):
+                answer = server.post(chat_body(model=name, max_tokens=1), headers={"x-api-key": key})
+                assert answer.status_code == 404
+                assert "stub" not in answer.text
 
 
 def test_a_key_for_a_model_that_is_not_served_is_an_error(model: erllama.Model) -> None:

@@ -50,12 +50,6 @@ class ApiKey:
                     f"the key {self.name!r} has the model {name!r}; the server has {', '.join(known)}"
                 )
 
-    def check_model(self, model: str) -> None:
-        """Raise ApiError if the key may not use a model."""
-        if self.models is not None and model not in self.models:
-            allowed = ", ".join(self.models) or "no model"
-            raise ApiError("permission", f"this key may use {allowed}, not {model!r}", "model_not_allowed")
-
 
 def combined_salt(of_key: str | None, requested: str | None) -> str | None:
     """Return the salt of a request with a key: the key's and the requested one, each of which separates.

@@ -36,6 +36,8 @@ async def answer(call: Call, body: NoBody) -> Response:
     """Answer with all metrics."""
     if not call.server.options.metrics:
         raise ApiError("unsupported", "this server has no metrics; start it with the option `metrics`")
+    if call.key is not None and call.key.models is not None:
+        raise ApiError("permission", "the metrics are of all models; use a key that may use all of them")
     encode, content_type = choose_encoder(call.request.headers.get("accept", ""))
     own = _render(_llama_metrics(call.server), "openmetrics" in content_type)
     response = Response(own.encode() + encode(call.server.metrics.registry), headers={"content-type": content_type})

@@ -27,9 +27,7 @@ def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
     return [
         Endpoint("POST", "/models/load", ModelBody, load, ERRORS, "Load a model."),
-        Endpoint(
-            "POST", "/models/unload", ModelBody, unload, ERRORS, "Unload a model once it is idle.", computes=False
-        ),
+        Endpoint("POST", "/models/unload", ModelBody, unload, ERRORS, "Unload a model once it is idle."),
     ]
 
 

@@ -132,9 +132,10 @@ class Lifecycle:
         elif model.keep_alive == 0:
             self._start_unload(model, "keep_alive")
         elif model.keep_alive < FOREVER:
-            model.expires = time.monotonic() + model.keep_alive
+            now = time.monotonic()
+            model.expires = max(model.last_used + model.keep_alive, now)
             loop = asyncio.get_running_loop()
-            model.timer = loop.call_later(model.keep_alive, self.unload_when_idle, model, "keep_alive")
+            model.timer = loop.call_later(model.expires - now, self.unload_when_idle, model, "keep_alive")
 
     @staticmethod
     def _stop_timer(model: ConfiguredModel) -> None:
@@ -164,15 +165,17 @@ class Lifecycle:
     def start_load(self, model: ConfiguredModel) -> None:
         """Load a model in the background, unless it is loaded, or is being loaded or unloaded."""
         if model.state == "unloaded":
-            model.loading = asyncio.get_running_loop().create_task(self._load(model))
+            loading = self._load(model, is_awaited=bool(model.waiters))
+            model.loading = asyncio.get_running_loop().create_task(loading)
 
-    async def _load(self, model: ConfiguredModel) -> None:
+    async def _load(self, model: ConfiguredModel, *, is_awaited: bool) -> None:
+        """Load a model, unless the requests that wait for it leave before there is room."""
         entry, began = model.entry, time.monotonic()
         assert entry is not None
         try:
-            await self._end_predecessor(model)
+            await self._end_predecessor(model, is_awaited=is_awaited)
             needed = await asyncio.to_thread(self._estimate, entry)
-            await self.room.make(model, needed)
+            await self.room.make(model, needed, is_awaited=is_awaited)
             try:
                 loaded = await asyncio.to_thread(self._load_now, model)
             except BaseException:
@@ -190,13 +193,15 @@ class Lifecycle:
         self._admit_waiters(model)
         self._settle(model)
 
-    async def _end_predecessor(self, model: ConfiguredModel) -> None:
+    async def _end_predecessor(self, model: ConfiguredModel, *, is_awaited: bool) -> None:
         """Wait until the model that had the same name before is unloaded."""
         while model.predecessor is not None:
             if model.predecessor not in self.known:
                 model.predecessor = None
             else:
                 await self.room.changed.wait()
+                if is_awaited and not model.waiters:
+                    raise NotAwaitedError
 
     def _load_now(self, model: ConfiguredModel) -> Model:
         """Load a model, in a thread."""
@@ -345,4 +350,5 @@ def _reason(model: ConfiguredModel, error: Exception) -> str:
     if not isinstance(error, Error | OSError):
         return "the server failed unexpectedly; its log has the cause"
     assert model.entry is not None
-    return str(error).replace(str(model.entry.path), model.entry.path.name)
+    directory = f"{model.entry.path.parent}/"  # of its other parts, too
+    return str(error).replace(directory, "")

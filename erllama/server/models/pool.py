@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -85,6 +86,7 @@ class ModelPool:
         self.models: Sequence[ConfiguredModel] = ()
         self._by_name: dict[str, ConfiguredModel] = {}
         self._descriptions: dict[str, tuple[object, ModelDescription]] = {}
+        self._describing = threading.Lock()
         self._watch: PressureWatch | None = None
         self._set([self._configured(each) for each in given])
 
@@ -120,10 +122,13 @@ class ModelPool:
         Raises:
             ApiError: no model has the name.
         """
-        if not name:
-            return allowed[0] if allowed else self.models[0]
+        if not name and allowed:
+            return allowed[0]
+        name = name or "for this key"
         # Ollama's clients add a tag.
-        found = self._by_name.get(name) or self._by_name.get(name.removesuffix(":latest")) or self._by_name.get("*")
+        found = self._by_name.get(name) or self._by_name.get(name.removesuffix(":latest"))
+        if found is None and (other := self._by_name.get("*")) in allowed:
+            found = other
         if found is None:
             known = ", ".join(each.name for each in allowed) or "none for this key"
             raise ApiError(
@@ -175,16 +180,20 @@ class ModelPool:
 
     def _describe_file(self, entry: ModelEntry) -> ModelDescription:
         """Return the description of a file, which is read again when it was changed."""
-        try:
-            status = entry.path.stat()
-            version = (entry.path, status.st_mtime_ns, status.st_size, dict(entry.options))
-            known = self._descriptions.get(entry.id)
-            if known is None or known[0] != version:
-                known = self._descriptions[entry.id] = version, describe_file(entry)
-        except (Error, OSError) as error:
-            log.warning("%s cannot be described: %s", entry.id, error)
-            return no_description(entry)
-        return known[1]
+        version: object = None
+        with self._describing:  # several lists at once read a file once
+            try:
+                status = entry.path.stat()
+                version = (entry.path, status.st_mtime_ns, status.st_size, dict(entry.options))
+                known = self._descriptions.get(entry.id)
+                if known is not None and known[0] == version:
+                    return known[1]
+                found = describe_file(entry)
+            except (Error, OSError) as error:
+                log.warning("%s cannot be described: %s", entry.id, error)
+                found = no_description(entry)
+            self._descriptions[entry.id] = version, found
+            return found
 
     # --- configuration -------------------------------------------------------------------------
 
@@ -214,16 +223,20 @@ class ModelPool:
         aliases = {id(old): entry.aliases for old, entry in adopted}
         _by_name(models, aliases)  # raises OptionError
         left = [each for each in self.models if each not in models]
+        to_load = [each for each in new if each.entry is not None and each.entry.load == "start"]
         for old, entry in adopted:
+            assert old.entry is not None
+            if old.entry.load != "start" == entry.load:
+                to_load.append(old)
             old.adopt(entry, self._keep_alive)
         for old in left:
             self.lifecycle.leave(old)
         for each in new:
-            each.predecessor = next((old for old in self.lifecycle.known if old.name == each.name), None)
+            latest = reversed(self.lifecycle.known)  # an earlier one may be in use still
+            each.predecessor = next((old for old in latest if old.name == each.name), None)
         self._set(models)
-        for each in new:
-            if each.entry is not None and each.entry.load == "start":
-                self.lifecycle.start_load(each)
+        for each in to_load:
+            self.lifecycle.start_load(each)
         self.lifecycle.start()  # keep_alive may have changed
         names, left_names = {each.name for each in models}, {each.name for each in left}
         return Changes(

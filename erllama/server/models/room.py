@@ -74,8 +74,11 @@ class Room:
             raise self._refused(model, needed, is_busy=False)
         model.n_bytes = needed.total
 
-    async def make(self, model: ConfiguredModel, needed: MemoryEstimate) -> None:
+    async def make(self, model: ConfiguredModel, needed: MemoryEstimate, *, is_awaited: bool) -> None:
         """Reserve the memory of a model. Other models make room, the least recently used first.
+
+        Args:
+            is_awaited: whether the load is for the requests that wait for it.
 
         Raises:
             MemoryLimitExceeded: the model is larger than the limit, or others were in use for longer than `wait`.
@@ -83,31 +86,32 @@ class Room:
         """
         if needed.total > self.limit:
             raise self._refused(model, needed, is_busy=False)
-        if needed.total > self.limit - self.used:
+        if self._lock.locked() or needed.total > self.limit - self.used:  # in the order of requests
             deadline = asyncio.get_running_loop().time() + self._wait
             try:
                 async with asyncio.timeout_at(deadline):
                     await self._lock.acquire()
                 try:
-                    await self._make(model, needed, deadline)
+                    await self._make(model, needed, deadline, is_awaited=is_awaited)
                 finally:
                     self._lock.release()
             except TimeoutError:
                 raise self._refused(model, needed, is_busy=True) from None
         model.n_bytes = needed.total
 
-    async def _make(self, model: ConfiguredModel, needed: MemoryEstimate, deadline: float) -> None:
+    async def _make(
+        self, model: ConfiguredModel, needed: MemoryEstimate, deadline: float, *, is_awaited: bool
+    ) -> None:
         """Wait until there is room. The deadline does not hold while unloads in progress make enough of it."""
-        is_awaited = bool(model.waiters)
         try:
             while needed.total > self.limit - self.used:
+                if is_awaited and not model.waiters:
+                    raise NotAwaitedError
                 self._choose(needed)
                 coming = sum(each.n_bytes for each in self._models if each.unloading)
                 is_enough = needed.total <= self.limit - self.used + coming
                 async with asyncio.timeout_at(None if is_enough else deadline):
                     await self.changed.wait()
-                if is_awaited and not model.waiters:
-                    raise NotAwaitedError
         finally:
             for each in self._models:
                 if each.unload_reason == "memory" and each.state == "loaded":
