@@ -50,18 +50,27 @@ def defined_names() -> frozenset[str]:
 def members(owner: str) -> frozenset[str]:
     """The names that the bodies of all classes of one name hold, and those that their methods set on `self`."""
     found: set[str] = set()
+    for node in classes().get(owner, []):
+        for child in ast.walk(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                found.add(child.name)
+            elif isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
+                found.add(child.attr)
+            elif isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
+                found.add(child.target.id)
+        found |= {name for base in node.bases if isinstance(base, ast.Name) for name in members(base.id)}
+    return frozenset(found)
+
+
+@cache
+def classes() -> dict[str, list[ast.ClassDef]]:
+    """The classes that the sources define, by name."""
+    found: dict[str, list[ast.ClassDef]] = {}
     for path in sources(".py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and node.name == owner:
-                for child in ast.walk(node):
-                    if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                        found.add(child.name)
-                    elif isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
-                        found.add(child.attr)
-                    elif isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
-                        found.add(child.target.id)
-                found |= {name for base in node.bases if isinstance(base, ast.Name) for name in members(base.id)}
-    return frozenset(found)
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(node)
+    return found
 
 
 def unknown_names(text: str) -> list[str]:
@@ -69,12 +78,17 @@ def unknown_names(text: str) -> list[str]:
     return [span for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text) if not is_known(span)]
 
 
+@cache
+def file_names() -> frozenset[str]:
+    return frozenset(path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*"))
+
+
 def is_known(span: str) -> bool:
     """Whether a path exists, or an identifier is defined; True for spans that are neither, such as commands."""
     if re.fullmatch(r"\w[\w.-]*/[\w./-]*", span):
         return (ROOT / span).exists()
     if re.fullmatch(r"\w+\.(py|h|cpp|toml|md)", span):
-        return (ROOT / span).exists() or any(list((ROOT / folder).rglob(span)) for folder in FOLDERS)
+        return (ROOT / span).exists() or span in file_names()
     match = re.fullmatch(r"([A-Za-z_][\w.]*)(?:\(.*\)|=.*)?", span)
     if match is None:
         return True
