@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -209,8 +210,9 @@ class Pinner:
             self._tiers.read_pins(root)
 
     def _pin_in_ram(self, target: TierLedger, pin: PinRecord) -> None:
-        book, (root,) = self._catalog.pin_book, target.roots
-        book.set(root, [*(other for other in book.pins(root) if other.name != pin.name), pin])
+        book, (root,), now = self._catalog.pin_book, target.roots, time.time()
+        others = [other for other in book.pins(root) if other.name != pin.name and not other.expired(now)]
+        book.set(root, [*others, pin])
 
     # --- unpinning and listing ---------------------------------------------------------------------
 
