@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama._model.model import Model
-from erllama._model.requests.options import TemplateOptions
+from erllama._model.requests.options import TemplateOptions, pin_ttl
+from erllama.cache.blocks.pins import check_pin_name
 from erllama.chat.json_values import InvalidValueError, parse_json
-from erllama.checks import seconds, shown
+from erllama.checks import shown
 from erllama.errors import Error, ModelUnloaded, OptionError, PinQuotaExceeded
 from erllama.server.conduct.keys import combined_salt
 from erllama.server.models import ModelPool, ServedModel
@@ -63,7 +64,7 @@ class PinEntry:
             resolve: returns the path of a file.
 
         Raises:
-            OptionError: an option has the wrong type, or a file cannot be read.
+            OptionError: an option has a wrong type or value, or a file cannot be read.
         """
         given = {name: value for name, value in entry.items() if name in OPTIONS}
         for name, value in given.items():
@@ -88,7 +89,9 @@ class PinEntry:
         tools = None
         if "tools_file" in texts:
             tools = _read_objects("tools_file", resolve(texts["tools_file"]))
-        ttl = seconds("ttl", texts["ttl"]) if "ttl" in texts else None
+        ttl = pin_ttl(texts["ttl"]) if "ttl" in texts else None
+        if "name" in texts:
+            check_pin_name(texts["name"])
         return cls(
             model=texts["model"],
             content=content,

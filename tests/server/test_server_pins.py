@@ -92,6 +92,9 @@ def test_configured_pins_are_read_with_their_files(tmp_path: Path) -> None:
         ('model = "m"\nsystem = "a"\ntext_file = "t"', "a pin needs one of"),
         ('model = "m"\nsystem = 7', "line 3: system must be a text"),
         ('model = "m"\nsystem = "a"\nttl = "soon"', "line 4: ttl='soon'; pass seconds"),
+        ('model = "m"\nsystem = "a"\nttl = 0', "line 4: ttl=0; pass more than 0 seconds"),
+        ('model = "m"\nsystem = "a"\nname = "two\\nlines"', "line 4: name='two.*printable characters"),
+        (f'model = "m"\nname = "{"x" * 201}"\nsystem = "a"', "line 3: name='x.*printable characters"),
         ('model = "m"\nsystem = "a"\nsistem = "a"', "line 4: .* did you mean 'system'"),
         ('model = "m"\ntext_file = "none.txt"', "line 3: text_file: .*none.txt cannot be read"),
         ('model = "m"\nmessages_file = "erllama.toml"', "line 3: messages_file: .* is not JSON"),
@@ -109,6 +112,15 @@ def test_a_pin_of_an_unknown_model_is_a_mistake_with_its_line(tmp_path: Path) ->
     path = tmp_path / "erllama.toml"
     path.write_text('[[pins]]\nsystem = "a"\nmodel = "other"\n')
     with pytest.raises(OptionError, match="line 3: a pin names the model 'other'; the server has demo"):
+        read_settings(CommandOptions(config=path))
+
+
+def test_two_pins_of_one_name_are_a_mistake_with_its_line(tmp_path: Path) -> None:
+    """Names are unique in the cache, which all models share."""
+    path = tmp_path / "erllama.toml"
+    pin = '[[pins]]\nmodel = "demo"\nsystem = "{}"\n'
+    path.write_text(pin.format("a") + 'name = "x"\n' + pin.format("b") + pin.format("c") + 'name = "x"\n')
+    with pytest.raises(OptionError, match="line 9: two pins have the name 'x'"):
         read_settings(CommandOptions(config=path))
 
 

@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 
 from erllama._model.requests.chats import ChatRequests
 from erllama._model.requests.completions import CompletionRequests
-from erllama._model.requests.options import PinOptions, PrefillOptions, TemplateOptions, pin_options
+from erllama._model.requests.options import PinOptions, PrefillOptions, TemplateOptions, pin_options, pin_ttl
 from erllama._model.requests.prompts import PromptReader
 from erllama._model.runner import ModelRunner
 from erllama._types import Messages, Prompt
 from erllama.cache import Cache, Pin
 from erllama.cache.blocks.keys import common_prefix, token_bytes
 from erllama.cache.blocks.pins import check_pin_name
-from erllama.checks import seconds
 from erllama.engine import Backend, Ticket
 from erllama.engine.kv.prefix_cache import prompt_namespace
 from erllama.errors import ChatError, OptionError, PinError, PinQuotaExceeded
@@ -104,15 +103,12 @@ class PinRequests:
         salt = self._requests.salt(cast(str | None, own.get("cache_salt")))
         namespace = self._requests.namespace(salt)
         ids = self._prompts.ids(self._tokens(prompt, template, salt, where))
-        name, ttl = own.get("name"), own.get("ttl")
-        if ttl is not None and seconds("ttl", ttl) == 0:
-            raise OptionError(f"ttl={ttl!r}; pass more than 0 seconds, or leave it out")
+        name = own.get("name")
+        ttl = None if own.get("ttl") is None else pin_ttl(own["ttl"])
         if name is None:
             name = f"prefix-{hashlib.sha256(namespace + token_bytes(ids)).hexdigest()[:16]}"
         prefill: PrefillOptions = {"cache_salt": salt, "timeout": cast(float | None, own.get("timeout"))}
-        return _Plan(
-            ids, namespace, check_pin_name(name), None if ttl is None else seconds("ttl", ttl), share, prefill
-        )
+        return _Plan(ids, namespace, check_pin_name(name), ttl, share, prefill)
 
     def _tokens(self, prompt: object, template: TemplateOptions, salt: str | None, where: str) -> Prompt:
         """Return a prompt without messages: text, or token ids."""
