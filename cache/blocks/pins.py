@@ -12,11 +12,15 @@ from typing import NamedTuple
 
 from erllama.cache.blocks.block import MAX_POSITION, Block
 from erllama.cache.blocks.keys import KEY_BYTES
-from erllama.errors import OptionError
+from erllama.errors import OptionError, PinError
 
 MAX_NAME = 200  # characters of a name
 _END_BYTES = 8
 _ENTRY_BYTES = KEY_BYTES + _END_BYTES
+
+
+class PrefixNotStored(PinError):  # noqa: N818
+    """A prefix cannot be pinned, because the cache lacks a part of it. Computing the prefix may store it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from erllama._runtime.log import logger
 from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.keys import TOKEN_BYTES
-from erllama.cache.blocks.pins import Pin, PinRecord, pinned_blocks
+from erllama.cache.blocks.pins import Pin, PinRecord, PrefixNotStored, pinned_blocks
 from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.catalog.ledger import TierLedger
@@ -80,7 +80,7 @@ class Pinner:
             pin = pin._replace(blocks=pinned_blocks(found.blocks))
             self._check_quota(target, pin, found.blocks, share)
             if found.n_tokens < pin.n_tokens:
-                raise PinError(
+                raise PrefixNotStored(
                     f"{found.n_tokens} of the {pin.n_tokens} tokens of the prefix could be stored in the tier "
                     f"{target.name!r}; check its budget, and the policy's min_tokens"
                 )
@@ -197,7 +197,7 @@ class Pinner:
             with self._lock:
                 lost = [block for block in pin.blocks if block.key not in target]
                 if lost:
-                    raise PinError(
+                    raise PrefixNotStored(
                         f"{len(lost)} of the {len(pin.blocks)} blocks of the prefix could not be stored in the "
                         f"tier {target.name!r}; check its budget"
                     )
