@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from erllama.cache.blocks.block import MAX_POSITION, Block
@@ -59,7 +60,8 @@ class PinnedBlock(NamedTuple):
     end: int
 
 
-class PinRecord(NamedTuple):
+@dataclass(frozen=True)  # without slots, so that `keys` is computed once
+class PinRecord:
     """A pin as the index of a directory stores it.
 
     Attributes:
@@ -76,7 +78,7 @@ class PinRecord(NamedTuple):
     created: float
     expires: float | None
 
-    @property
+    @cached_property
     def keys(self) -> frozenset[bytes]:
         """The keys of the protected blocks."""
         return frozenset(block.key for block in self.blocks)

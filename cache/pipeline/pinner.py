@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ class Pinner:
         if not self._is_stored(target, namespace, raw, whole):
             flush()
         with self._stored_prefix(namespace, raw, whole) as found:
-            pin = pin._replace(blocks=pinned_blocks(found.blocks))
+            pin = replace(pin, blocks=pinned_blocks(found.blocks))
             self._check_quota(target, pin, found.blocks, share)
             if found.n_tokens < pin.n_tokens:
                 raise PrefixNotStored(

@@ -273,6 +273,39 @@ def test_a_smaller_quota_ends_the_protection_of_the_youngest_pins(tmp_path: Path
     assert bytes_in(tmp_path) <= 6000
 
 
+def test_a_pin_beyond_a_smaller_quota_is_in_effect_while_an_older_one_is_lost(tmp_path: Path) -> None:
+    with disk_cache(tmp_path) as cache:
+        save_and_pin(cache, ids(0), "old")
+        save_and_pin(cache, ids(500), "young")
+    with disk_cache(tmp_path, pin_quota=3500) as cache:
+        assert [each.complete for each in cache.pins()] == [True, False]
+        for each in blocks_of(ids(0)):
+            (tmp_path / "blocks" / f"{each.key.hex()}.kvc").write_bytes(b"?")
+        with cache.lookup(NAMESPACE, ids(0)) as match:
+            assert [cache.load(block) for block in match.blocks] == [None] * 3
+        assert [each.complete for each in cache.pins()] == [False, True]
+        save(cache, ids(0), n_bytes=BYTES)
+        cache.flush()
+        assert [each.complete for each in cache.pins()] == [True, False]
+
+
+def test_writes_to_a_full_tier_compute_once_what_pins_protect(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def count(*arguments: object) -> object:
+        calls.append(arguments)
+        return admitted_pins(*arguments)  # type: ignore[arg-type]
+
+    save_and_pin(cache, ids(0), "a")
+    save_and_pin(cache, ids(0, SIZE + 5), "b", expires=time.time() + 1000)
+    monkeypatch.setattr("erllama.cache.catalog.pin_book.admitted_pins", count)
+    fill(cache)
+    assert len(calls) <= 1
+    assert hit(cache, ids(0)) == 40
+
+
 def test_a_larger_prefix_than_the_tier_holds_is_refused(tmp_path: Path) -> None:
     with disk_cache(tmp_path, ram="1MiB", disk_quota=3000) as cache:
         save(cache, ids(0, 200), n_bytes=BYTES)
