@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from erllama.cache.blocks.block import MAX_POSITION, Block
 from erllama.cache.blocks.keys import KEY_BYTES
-from erllama.errors import OptionError
+from erllama.errors import OptionError, PinError
 
 MAX_NAME = 200  # characters of a name
 _END_BYTES = 8
 _ENTRY_BYTES = KEY_BYTES + _END_BYTES
+
+
+class PrefixNotStored(PinError):  # noqa: N818
+    """A prefix cannot be pinned, because the cache lacks a part of it. Computing the prefix may store it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,8 @@ class PinnedBlock(NamedTuple):
     end: int
 
 
-class PinRecord(NamedTuple):
+@dataclass(frozen=True)  # without slots, so that `keys` is computed once
+class PinRecord:
     """A pin as the index of a directory stores it.
 
     Attributes:
@@ -72,7 +78,7 @@ class PinRecord(NamedTuple):
     created: float
     expires: float | None
 
-    @property
+    @cached_property
     def keys(self) -> frozenset[bytes]:
         """The keys of the protected blocks."""
         return frozenset(block.key for block in self.blocks)

@@ -32,6 +32,16 @@ class Victim(NamedTuple):
     n_bytes: int
 
 
+class _Union(Container[bytes]):
+    """The keys that any of several containers has. Copies none of them: pins may name a hundred thousand keys."""
+
+    def __init__(self, *parts: Container[bytes]) -> None:
+        self._parts = parts
+
+    def __contains__(self, key: object) -> bool:
+        return any(key in part for part in self._parts)
+
+
 class Prefix(NamedTuple):
     """The blocks of a stored prefix, and its length in tokens."""
 
@@ -267,7 +277,7 @@ class BlockCatalog:
         victims: list[Victim] = []
         if ledger.n_bytes(root) <= target:
             return victims
-        pinned = {*self._current_pins(), *keep, *self.pin_book.protected(ledger, root)}
+        pinned = _Union(self._current_pins(), frozenset(keep), self.pin_book.protected(ledger, root))
         ledger.clamp_uses(time.time_ns())
         while ledger.n_bytes(root) > max(target, 0) and (key := ledger.oldest_leaf(pinned, root)) is not None:
             victims.append(Victim(key, ledger.size_of(key)))
@@ -318,8 +328,11 @@ class BlockCatalog:
         roots = sorted((root for root in ledger.roots if not root.read_only), key=ledger.free, reverse=True)
         if len(roots) < 2 or ledger.free(roots[0]) >= n_bytes:
             return roots
-        pinned = {*self._current_pins(), block.parent}
-        oldest = {root: ledger.oldest_leaf(pinned | self.pin_book.protected(ledger, root), root) for root in roots}
+        pinned, keep = self._current_pins(), (block.parent,)
+        oldest = {
+            root: ledger.oldest_leaf(_Union(pinned, keep, self.pin_book.protected(ledger, root)), root)
+            for root in roots
+        }
         return sorted(roots, key=lambda root: ledger.last_used(key) if (key := oldest[root]) else 2**63)
 
     def make_room(self, root: Tier, block: Block, n_bytes: int) -> bool:
@@ -405,7 +418,7 @@ class BlockCatalog:
         if self.is_pinned(key):
             return False
         roots = [(ledger, root) for ledger in self._ledgers.values() for root in ledger.roots]
-        return not any(key in self.pin_book.protected(ledger, root) for ledger, root in roots)
+        return not any(self.pin_book.protects(ledger, root, key) for ledger, root in roots)
 
     # --- checking ------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ otherwise. Does no input or output.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 
 from erllama.cache.blocks.block import Block
 from erllama.cache.catalog.eviction_order import LeafLRU
@@ -25,6 +25,8 @@ class TierLedger:
         self._lru = LeafLRU()
         self._root_of: dict[bytes, Tier] = {}
         self._n_bytes: dict[Tier, int] = {}
+        self._watched: dict[Tier, Container[bytes]] = {}
+        self.watched_version = 0  # changes when a watched block is added, removed or replaced
 
     def add_root(self, root: Tier) -> None:
         self.roots.append(root)
@@ -35,6 +37,22 @@ class TierLedger:
             self.remove(key)
         self.roots.remove(root)
         del self._n_bytes[root]
+        self.watch(root, ())
+        self.watched_version += 1  # what was computed from the blocks of the root is not valid any more
+
+    def watch(self, owner: Tier, keys: Collection[bytes]) -> None:
+        """Count the changes of these blocks in `watched_version`. Replaces the keys of an earlier call.
+
+        Args:
+            owner: the root on whose behalf they are watched; the blocks may lie in any root.
+        """
+        self._watched.pop(owner, None)
+        if keys:
+            self._watched[owner] = keys
+
+    def _count_change(self, key: bytes) -> None:
+        if any(key in keys for keys in self._watched.values()):
+            self.watched_version += 1
 
     def __contains__(self, key: object) -> bool:
         return key in self._root_of
@@ -79,6 +97,7 @@ class TierLedger:
         self._lru.add(block.key, block.parent, n_bytes, now, root)
         self._root_of[block.key] = root
         self._n_bytes[root] += n_bytes
+        self._count_change(block.key)
 
     def remove(self, key: bytes) -> None:
         """Record that no root holds the block."""
@@ -86,6 +105,7 @@ class TierLedger:
         self.unreadable.discard(key)
         if root is not None:
             self._n_bytes[root] -= self._lru.remove(key)
+            self._count_change(key)
 
     def touch(self, keys: Iterable[bytes], now: int) -> None:
         """Record a use of blocks now, in ns since 1970. Ignores keys of blocks that the tier lacks."""

@@ -6,6 +6,7 @@ does the list of blocks. Pins of the RAM tier are recorded here alone.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -22,8 +23,27 @@ class PinUsage(NamedTuple):
     quota: int
 
 
+class _Admitted(NamedTuple):
+    """The pins of a root that are in effect, the keys that they protect, and how long that holds.
+
+    Attributes:
+        since, until: between these times, in seconds since 1970, no pin ends.
+        quota, version: as long as the quota and `TierLedger.watched_version` are these.
+    """
+
+    pins: list[PinRecord]
+    keys: frozenset[bytes]
+    since: float
+    until: float
+    quota: int
+    version: int
+
+
 class PinBook:
     """The pins of every root.
+
+    Which pins are in effect is computed once, and again only after a change: of the pins, of the quota, or of the
+    stored blocks that pins name. Each block that is written to a full tier asks for it.
 
     Args:
         quota: maximum bytes that the pins of a tier may protect; None for half of the tier's budget.
@@ -32,14 +52,19 @@ class PinBook:
     def __init__(self, quota: int | None) -> None:
         self._quota = quota
         self._pins: dict[Tier, tuple[PinRecord, ...]] = {}  # values are replaced and never changed
+        self._keys: dict[Tier, frozenset[bytes]] = {}  # of all pins of a root, expired ones included
+        self._admitted: dict[Tier, _Admitted] = {}
 
     def set(self, root: Tier, pins: Iterable[PinRecord]) -> None:
         """Record all pins of a root."""
         found = tuple(pins)
+        self._admitted.pop(root, None)
         if found:
             self._pins[root] = found
+            self._keys[root] = frozenset[bytes]().union(*(pin.keys for pin in found))
         else:
             self._pins.pop(root, None)
+            self._keys.pop(root, None)
 
     def pins(self, root: Tier) -> Sequence[PinRecord]:
         """Return the pins of a root, expired ones included."""
@@ -52,12 +77,30 @@ class PinBook:
 
     def admitted(self, ledger: TierLedger, root: Tier) -> list[PinRecord]:
         """Return the pins of a root that have not expired and are within the quota."""
-        pins = self._pins.get(root)
-        return [] if pins is None else admitted_pins(pins, _Sizes(ledger), self.quota(ledger), time.time())[0]
+        return self._in_effect(ledger, root).pins if root in self._pins else []
 
     def protected(self, ledger: TierLedger, root: Tier) -> frozenset[bytes]:
         """Return the keys of the blocks that the pins of a root protect, stored or not."""
-        return frozenset[bytes]().union(*(pin.keys for pin in self.admitted(ledger, root)))
+        return self._in_effect(ledger, root).keys if root in self._pins else frozenset()
+
+    def protects(self, ledger: TierLedger, root: Tier, key: bytes) -> bool:
+        """Return whether the pins of a root protect a block, stored or not."""
+        return key in self._keys.get(root, ()) and key in self.protected(ledger, root)
+
+    def _in_effect(self, ledger: TierLedger, root: Tier) -> _Admitted:
+        """Return which pins of a root, which has some, are in effect."""
+        now, quota, found = time.time(), self.quota(ledger), self._admitted.get(root)
+        if found is None or not found.since <= now < found.until or (quota, ledger.watched_version) != found[-2:]:
+            pins = self._pins[root]
+            ledger.watch(root, self._keys[root])
+            admitted, _ = admitted_pins(pins, _Sizes(ledger), quota, now)
+            keys = frozenset[bytes]().union(*(pin.keys for pin in admitted))
+            ends = [pin.expires for pin in pins if pin.expires is not None and not pin.expired(now)]
+            version = ledger.watched_version
+            found = self._admitted[root] = _Admitted(
+                admitted, keys, now, min(ends, default=math.inf), quota, version
+            )
+        return found
 
     def usage(self, ledger: TierLedger) -> PinUsage:
         """Return the bytes of a tier that its pins protect, and the maximum. May be called without the lock."""

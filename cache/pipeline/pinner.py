@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.keys import TOKEN_BYTES
-from erllama.cache.blocks.pins import Pin, PinRecord, pinned_blocks
+from erllama.cache.blocks.pins import Pin, PinRecord, PrefixNotStored, pinned_blocks
 from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.catalog.ledger import TierLedger
@@ -76,10 +78,10 @@ class Pinner:
         if not self._is_stored(target, namespace, raw, whole):
             flush()
         with self._stored_prefix(namespace, raw, whole) as found:
-            pin = pin._replace(blocks=pinned_blocks(found.blocks))
+            pin = replace(pin, blocks=pinned_blocks(found.blocks))
             self._check_quota(target, pin, found.blocks, share)
             if found.n_tokens < pin.n_tokens:
-                raise PinError(
+                raise PrefixNotStored(
                     f"{found.n_tokens} of the {pin.n_tokens} tokens of the prefix could be stored in the tier "
                     f"{target.name!r}; check its budget, and the policy's min_tokens"
                 )
@@ -196,7 +198,7 @@ class Pinner:
             with self._lock:
                 lost = [block for block in pin.blocks if block.key not in target]
                 if lost:
-                    raise PinError(
+                    raise PrefixNotStored(
                         f"{len(lost)} of the {len(pin.blocks)} blocks of the prefix could not be stored in the "
                         f"tier {target.name!r}; check its budget"
                     )
@@ -209,8 +211,9 @@ class Pinner:
             self._tiers.read_pins(root)
 
     def _pin_in_ram(self, target: TierLedger, pin: PinRecord) -> None:
-        book, (root,) = self._catalog.pin_book, target.roots
-        book.set(root, [*(other for other in book.pins(root) if other.name != pin.name), pin])
+        book, (root,), now = self._catalog.pin_book, target.roots, time.time()
+        others = [other for other in book.pins(root) if other.name != pin.name and not other.expired(now)]
+        book.set(root, [*others, pin])
 
     # --- unpinning and listing ---------------------------------------------------------------------
 

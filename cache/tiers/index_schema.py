@@ -1,7 +1,8 @@
 """Tables of the index of a cache directory, their version, and the detection of damaged databases.
 
 `Index` opens databases with these functions, and `FileTier` asks them, after an error, whether the database is
-damaged. A damaged database is moved aside and rebuilt: the block files hold everything that the index holds.
+damaged. A damaged database is moved aside and rebuilt. The list of blocks is read again from the block files. Pins,
+tokens of texts and digests of model files are in the database alone, and are lost.
 """
 
 from __future__ import annotations

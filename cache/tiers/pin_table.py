@@ -8,14 +8,20 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from erllama.cache.blocks.keys import KEY_BYTES
 from erllama.cache.blocks.pins import PinRecord, pack_blocks, unpack_blocks
-from erllama.cache.tiers.index_schema import DamagedIndexError
 
 Read = Callable[[str, list[Any]], list[tuple[Any, ...]]]
+
+
+class _Row(NamedTuple):
+    """A row: its number, and its pin; None if the row is not as it was written."""
+
+    seq: int
+    pin: PinRecord | None
 
 
 class PinTable:
@@ -38,20 +44,26 @@ class PinTable:
         states = read("SELECT count(*), coalesce(max(seq), 0) FROM pins", [])
         if not states or states[0] == self._state:
             return None
-        found = self.all(read)
-        if len(found) != states[0][0]:  # the second query would have waited, or another process wrote in between
+        rows = _rows(read)
+        if len(rows) != states[0][0]:  # the second query would have waited, or another process wrote in between
             return None
         self._state = states[0]
-        return found
+        return [row.pin for row in rows if row.pin is not None]
 
     def all(self, read: Read) -> list[PinRecord]:
-        """Return all pins, expired ones included.
+        """Return all pins, expired ones included. Skips rows that are not as they were written."""
+        return [row.pin for row in _rows(read) if row.pin is not None]
 
-        Raises:
-            DamagedIndexError: a row is not as it was written.
+    def damaged(self, read: Read) -> list[int]:
+        """Return the numbers of the rows that are not as they were written.
+
+        The other rows of the index do not depend on them.
         """
-        columns = "name, model, model_key, n_tokens, blocks, created, expires"
-        return [_record(*row) for row in read(f"SELECT {columns} FROM pins ORDER BY seq", [])]
+        return [row.seq for row in _rows(read) if row.pin is None]
+
+    def remove_rows(self, numbers: Iterable[int]) -> None:
+        """Remove rows by their numbers."""
+        self._connection.executemany("DELETE FROM pins WHERE seq = ?", [(number,) for number in numbers])
 
     def put(self, pin: PinRecord) -> None:
         """Store a pin. Replaces one of the same name."""
@@ -71,19 +83,26 @@ class PinTable:
         self._connection.execute("DELETE FROM pins WHERE expires <= ?", [now])
 
 
+def _rows(read: Read) -> list[_Row]:
+    # Text that is not UTF-8 would make the whole query fail.
+    name, model = (f"CASE typeof({each}) WHEN 'text' THEN CAST({each} AS BLOB) END" for each in ("name", "model"))
+    columns = f"{name}, {model}, model_key, n_tokens, blocks, created, expires"
+    return [_Row(seq, _record(*row)) for seq, *row in read(f"SELECT seq, {columns} FROM pins ORDER BY seq", [])]
+
+
 def _record(
-    name: str, model: str, model_key: bytes, n_tokens: int, blocks: bytes, created: float, expires: float | None
-) -> PinRecord:
+    name: bytes, model: bytes, model_key: bytes, n_tokens: int, blocks: bytes, created: float, expires: float | None
+) -> PinRecord | None:
+    """Return the pin of a row; None if the row is not as it was written."""
     try:
-        pin = PinRecord(name, model, model_key, n_tokens, unpack_blocks(blocks), created, expires)
+        pin = PinRecord(
+            str(name, "utf-8"), str(model, "utf-8"), model_key, n_tokens, unpack_blocks(blocks), created, expires
+        )
         sound = (
-            all(isinstance(value, str) for value in (name, model))
-            and len(model_key) == KEY_BYTES
+            len(model_key) == KEY_BYTES
             and n_tokens > 0
             and all(isinstance(value, float) for value in (created, 0.0 if expires is None else expires))
         )
     except (TypeError, ValueError):
         sound = False
-    if not sound:
-        raise DamagedIndexError("a pin in the index contradicts itself")
-    return pin
+    return pin if sound else None

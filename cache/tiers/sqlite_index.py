@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import sqlite_utils
 
+from erllama._runtime.log import logger
 from erllama.cache.blocks.block import Block, SaveReason
 from erllama.cache.blocks.keys import child_key
 from erllama.cache.blocks.pins import PinRecord
@@ -38,6 +39,8 @@ from erllama.cache.tiers.pin_table import PinTable
 from erllama.cache.tiers.text_table import TextTable
 from erllama.cache.tiers.tier import Changes, TierRow
 from erllama.errors import CacheError
+
+log = logger("erllama.cache")
 
 _CHANGES_KEPT = 20_000  # a process that missed more reads everything
 _TRIM_EVERY = 1_000  # blocks written between two removals of old changes
@@ -115,9 +118,13 @@ class Index:
             self.pins = PinTable(connection)
             self._last_data_version = self._data_version()
             # A database with damaged pages often still opens: read every block and pin, so that damage shows now.
+            # Damage of a row of pins, which the files do not have, costs that pin alone.
             self._initial_rows: list[TierRow] | None
             self._last_change, self._initial_rows = read_blocks(self._reader)
-            self.pins.all(self._read_own)
+            if damaged := self.pins.damaged(self._read_own):
+                log.warning("%s: removed damaged rows of pins: %d", self.path, len(damaged))
+                with self.transaction():
+                    self.pins.remove_rows(damaged)
             undo.pop_all()
 
     def _create(self, version: int) -> None:

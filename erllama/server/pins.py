@@ -7,24 +7,27 @@ after the requests have ended. Both are best effort: what fails is logged and fa
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import hmac
 import logging
+import math
 import threading
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erllama._model.model import Model
-from erllama._model.requests.options import TemplateOptions
+from erllama._model.requests.options import PinOptions, TemplateOptions, pin_ttl
+from erllama.cache import Cache
+from erllama.cache.blocks.pins import PrefixNotStored, check_pin_name
 from erllama.chat.json_values import InvalidValueError, parse_json
-from erllama.checks import seconds, shown
+from erllama.checks import shown
 from erllama.errors import Error, ModelUnloaded, OptionError, PinQuotaExceeded
-from erllama.server.conduct.keys import combined_salt
+from erllama.server.conduct.keys import ApiKey, combined_salt
 from erllama.server.models import ModelPool, ServedModel
 
 log = logging.getLogger("erllama.server")
@@ -32,7 +35,7 @@ log = logging.getLogger("erllama.server")
 OPTIONS = ("model", "name", "system", "text_file", "messages_file", "tools_file", "ttl", "cache_salt")
 _CONTENTS = ("system", "text_file", "messages_file")
 _CLIENT_SHARE = 0.5  # of the bytes that pins may protect, so that clients leave room for the operator's pins
-_MAX_CLIENT_PINS = 64
+_MAX_CLIENT_PINS = 64  # of each client
 _MAX_RUNNING = 4
 
 
@@ -63,7 +66,7 @@ class PinEntry:
             resolve: returns the path of a file.
 
         Raises:
-            OptionError: an option has the wrong type, or a file cannot be read.
+            OptionError: an option has a wrong type or value, or a file cannot be read.
         """
         given = {name: value for name, value in entry.items() if name in OPTIONS}
         for name, value in given.items():
@@ -88,7 +91,9 @@ class PinEntry:
         tools = None
         if "tools_file" in texts:
             tools = _read_objects("tools_file", resolve(texts["tools_file"]))
-        ttl = seconds("ttl", texts["ttl"]) if "ttl" in texts else None
+        ttl = pin_ttl(texts["ttl"]) if "ttl" in texts else None
+        if "name" in texts:
+            check_pin_name(texts["name"])
         return cls(
             model=texts["model"],
             content=content,
@@ -185,62 +190,110 @@ def _pin_options(served: ServedModel, entry: PinEntry, has_keys: bool) -> dict[s
 # --- pins of clients --------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinOrder:
+    """What a client asks to pin.
+
+    Attributes:
+        model: the model of the request.
+        find_prefix: returns the token ids of the prefix, int32, shape (n,), which the request has computed.
+        ttl: how long the pin lasts, such as "5m".
+        cache_salt: of the request.
+        key: of the request; None if the server has no keys.
+        charge: called with the number of tokens that were computed for the pin.
+    """
+
+    model: Model
+    find_prefix: Callable[[], Awaitable[NDArray[np.int32]]]
+    ttl: str
+    cache_salt: str | None = None
+    key: ApiKey | None = None
+    charge: Callable[[int], object]
+
+    @property
+    def client(self) -> tuple[bool, str | None]:
+        """Whose limit counts the pin: that of the key or, without keys, of the salt."""
+        return (False, self.cache_salt) if self.key is None else (True, self.key.secret)
+
+
+class _ClientPin(NamedTuple):
+    """A pin of a client: its cache, the tokens of its prefix, and when it ends, in seconds since 1970."""
+
+    cache: Cache
+    n_tokens: int
+    expires: float
+
+
 class ClientPins:
     """Pins prefixes of requests in the background. Used by the server's event loop.
 
-    Bounded: a few run at once, and further ones are skipped; clients have at most 64 pins, and the oldest one is
-    removed; and all pins take at most half of the bytes that pins may protect.
+    Bounded: a few run at once, and further ones are skipped; each client has at most 64 pins, and its oldest one is
+    removed; and all pins take at most half of the bytes that pins may protect. A client's pin of a prefix replaces
+    its pins of shorter prefixes with the same time to live: a conversation has one pin, however many turns it has.
+
+    Args:
+        signing_key: makes the names of pins. Without it, a name does not show which prefix it belongs to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signing_key: bytes) -> None:
+        self._signing_key = signing_key
         self._running: set[asyncio.Task[None]] = set()
-        self._names: OrderedDict[str, Model] = OrderedDict()
+        self._pins: dict[
+            tuple[bool, str | None], dict[str, _ClientPin]
+        ] = {}  # of each client by name, oldest first
 
-    def begin(
-        self,
-        model: Model,
-        find_prefix: Callable[[], Awaitable[NDArray[np.int32]]],
-        ttl: str,
-        cache_salt: str | None,
-    ) -> None:
-        """Pin a prefix in a task of its own, unless too many are being pinned. Returns at once.
-
-        Args:
-            find_prefix: returns the token ids of the prefix, int32, shape (n,).
-            ttl: how long the pin lasts, such as "5m".
-            cache_salt: of the request.
-        """
+    def begin(self, order: PinOrder) -> None:
+        """Pin a prefix in a task of its own, unless too many are being pinned. Returns at once."""
         if len(self._running) < _MAX_RUNNING:
-            task = asyncio.ensure_future(self._pin(model, find_prefix, ttl, cache_salt))
+            task = asyncio.ensure_future(self._pin(order))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
-    async def _pin(
-        self,
-        model: Model,
-        find_prefix: Callable[[], Awaitable[NDArray[np.int32]]],
-        ttl: str,
-        cache_salt: str | None,
-    ) -> None:
+    async def _pin(self, order: PinOrder) -> None:
+        model = order.model
         try:
-            ids = await find_prefix()
+            ids = await order.find_prefix()
             if not len(ids):
                 return
-            digest = hashlib.sha256(repr((model.id, cache_salt)).encode() + ids.tobytes()).hexdigest()
-            name = f"client-{ttl}-{digest[:16]}"
-            options: dict[str, Any] = {"name": name, "ttl": ttl, "cache_salt": cache_salt}
-            await model._pins.run_async(ids, options, model, share=_CLIENT_SHARE)  # type: ignore[arg-type]
-            self._names[name] = model
-            self._names.move_to_end(name)
-            while len(self._names) > _MAX_CLIENT_PINS:
-                oldest, its_model = self._names.popitem(last=False)
-                await asyncio.to_thread(its_model.cache.unpin, oldest)
-        except (PinQuotaExceeded, ModelUnloaded) as error:
+            self._forget_expired()
+            own = self._pins.get(order.client, {})
+            *shorter, name = self._names(order, ids, {pin.n_tokens for pin in own.values()})
+            options: PinOptions = {"name": name, "ttl": order.ttl, "cache_salt": order.cache_salt}
+            pin = await model._pins.pin_computed(ids, options, model, share=_CLIENT_SHARE, count=order.charge)
+            own = self._pins.setdefault(order.client, {})  # other tasks may have changed it
+            own.pop(name, None)
+            own[name] = _ClientPin(model.cache, pin.n_tokens, pin.expires or math.inf)
+            removed = {each: own.pop(each) for each in shorter if each in own}
+            while len(own) > _MAX_CLIENT_PINS:
+                oldest = next(iter(own))
+                removed[oldest] = own.pop(oldest)
+            for each, its_pin in removed.items():
+                await asyncio.to_thread(its_pin.cache.unpin, each)
+        except (PinQuotaExceeded, PrefixNotStored, ModelUnloaded) as error:
             log.info("a client's prefix was not pinned: %s", error)
         except Error as error:
             log.warning("a client's prefix could not be pinned: %s", error)
         except Exception:
             log.exception("a client's prefix could not be pinned")
+
+    def _names(self, order: PinOrder, ids: NDArray[np.int32], lengths: Iterable[int]) -> list[str]:
+        """Return the names of the pins of shorter prefixes, of these lengths in tokens, and of the whole one."""
+        scope = repr((order.model.id, order.cache_salt)).encode() + b"\0"
+        digest, names, done = hmac.new(self._signing_key, b"client pin\0" + scope, "sha256"), [], 0
+        for length in [*sorted(n for n in lengths if n < len(ids)), len(ids)]:
+            digest.update(ids[done:length].tobytes())
+            names.append(f"client-{order.ttl}-{digest.hexdigest()[:16]}")
+            done = length
+        return names
+
+    def _forget_expired(self) -> None:
+        """Forget the pins that have ended. The cache removes them."""
+        now = time.time()
+        for client, own in list(self._pins.items()):
+            for name in [name for name, pin in own.items() if pin.expires <= now]:
+                del own[name]
+            if not own:
+                del self._pins[client]
 
     async def wait(self) -> None:
         """Wait for the prefixes that are being pinned. For tests."""

@@ -163,18 +163,26 @@ def _read_models(command: CommandOptions, file: Configuration, mistakes: Mistake
 def _check_names(
     command: CommandOptions, file: Configuration, entries: Sequence[ModelEntry], mistakes: Mistakes
 ) -> None:
-    """Note names that two models have, and models of keys and pins that do not exist."""
+    """Note names that two models or two pins have, and models of keys and pins that do not exist."""
     taken: dict[str, ModelEntry] = {}
     for entry in entries:
         for option, name in entry.names:
             if taken.setdefault(name, entry) is not entry:
                 place = (command.config, entry.lines.get(option)) if entry.lines else (None, None)
                 mistakes.found.append(Mistake(f"two models have the name {name!r}; give one another name", *place))
+    pins = list(zip(file.pins, file.pin_lines, strict=True))
+    pin_names: set[str] = set()
+    for pin, line in pins:
+        if pin.name in pin_names:
+            message = f"two pins have the name {pin.name!r}; give one another name"
+            mistakes.found.append(Mistake(message, command.config, line))
+        elif pin.name is not None:
+            pin_names.add(pin.name)
     if not _has_mistake(file, "models"):
         for key, line in zip(file.keys, file.key_lines, strict=True):
             with mistakes.collecting(command.config, line):
                 key.check_names([entry.id for entry in entries])
-        for pin, line in zip(file.pins, file.pin_lines, strict=True):
+        for pin, line in pins:
             with mistakes.collecting(command.config, line):
                 pin.check_names(taken)
 

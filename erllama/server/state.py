@@ -25,7 +25,8 @@ class Server:
         options: how the server behaves.
         rate_limits: what each key has used.
         responses: the responses that `/v1/responses` keeps.
-        signing_key: signs thinking, so that thoughts which a client changed are found when it sends them back.
+        signing_key: signs thinking, so that thoughts which a client changed are found when it sends them back; and
+            makes the names of clients' pins.
         prefixes: recent prompts, to find conversations whose prefix changes.
         is_stopping: whether the server accepts no further requests.
         claimed_sessions: the sessions of running requests that clients suggested; see `replies.sessions`.
@@ -45,10 +46,11 @@ class Server:
     claimed_sessions: set[tuple[str, str | None, str]] = field(default_factory=set)
     history: HitHistory = field(default_factory=HitHistory)
     configured_pins: ConfiguredPins = field(default_factory=ConfiguredPins)
-    client_pins: ClientPins = field(default_factory=ClientPins)
+    client_pins: ClientPins = field(init=False)
     metrics: ServerMetrics = field(init=False)
 
     def __post_init__(self) -> None:
+        self.client_pins = ClientPins(self.signing_key)
         self.metrics = ServerMetrics(self._read_models, lambda: self.models.lifecycle.room.limit)
 
     def count(self, call: EndedCall | None, key: ApiKey | None, status: int, seconds: float) -> None:

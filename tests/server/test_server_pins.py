@@ -7,22 +7,28 @@ import json
 import logging
 import re
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import erllama
-from erllama.errors import OptionError
+from erllama.engine.backends.stub import StubBackend
+from erllama.errors import OptionError, PinQuotaExceeded
 from erllama.server import ApiKey, ServedModel
+from erllama.server.conduct.rate_limits import RateLimits
 from erllama.server.configuration import read_configuration
 from erllama.server.models import ModelPool
-from erllama.server.pins import ConfiguredPins, PinEntry, pin_entries
+from erllama.server.pins import ClientPins, ConfiguredPins, PinEntry, PinOrder, pin_entries
 from erllama.server.settings import CommandOptions, read_settings
 from support.anthropic_clients import THINKING_TEMPLATE, TOOLS, client_of
 from support.chat.scripted_model import model_replying, user
 from support.cli import write_replying_model
+from support.engine_models import load_stub, random_prompt
 from support.http_server import CHAT, RunningServer, chat_body, running_server, serve_command
 from support.threads import wait_until
 
@@ -59,9 +65,10 @@ def block(text: str, ttl: object = None) -> dict[str, object]:
     return {"type": "text", "text": text, "cache_control": control}
 
 
-def ask(server: RunningServer, **body: object) -> httpx.Response:
+def ask(server: RunningServer, secret: str = "", **body: object) -> httpx.Response:
     usual: dict[str, object] = {"model": "any", "max_tokens": 10, "messages": [user("How are you?")]}
-    return server.post({**usual, **body}, "/v1/messages")
+    headers = {"authorization": f"Bearer {secret}"} if secret else {}
+    return server.post({**usual, **body}, "/v1/messages", headers=headers)
 
 
 # --- the configuration --------------------------------------------------------------------------------
@@ -92,6 +99,9 @@ def test_configured_pins_are_read_with_their_files(tmp_path: Path) -> None:
         ('model = "m"\nsystem = "a"\ntext_file = "t"', "a pin needs one of"),
         ('model = "m"\nsystem = 7', "line 3: system must be a text"),
         ('model = "m"\nsystem = "a"\nttl = "soon"', "line 4: ttl='soon'; pass seconds"),
+        ('model = "m"\nsystem = "a"\nttl = 0', "line 4: ttl=0; pass more than 0 seconds"),
+        ('model = "m"\nsystem = "a"\nname = "two\\nlines"', "line 4: name='two.*printable characters"),
+        (f'model = "m"\nname = "{"x" * 201}"\nsystem = "a"', "line 3: name='x.*printable characters"),
         ('model = "m"\nsystem = "a"\nsistem = "a"', "line 4: .* did you mean 'system'"),
         ('model = "m"\ntext_file = "none.txt"', "line 3: text_file: .*none.txt cannot be read"),
         ('model = "m"\nmessages_file = "erllama.toml"', "line 3: messages_file: .* is not JSON"),
@@ -109,6 +119,15 @@ def test_a_pin_of_an_unknown_model_is_a_mistake_with_its_line(tmp_path: Path) ->
     path = tmp_path / "erllama.toml"
     path.write_text('[[pins]]\nsystem = "a"\nmodel = "other"\n')
     with pytest.raises(OptionError, match="line 3: a pin names the model 'other'; the server has demo"):
+        read_settings(CommandOptions(config=path))
+
+
+def test_two_pins_of_one_name_are_a_mistake_with_its_line(tmp_path: Path) -> None:
+    """Names are unique in the cache, which all models share."""
+    path = tmp_path / "erllama.toml"
+    pin = '[[pins]]\nmodel = "demo"\nsystem = "{}"\n'
+    path.write_text(pin.format("a") + 'name = "x"\n' + pin.format("b") + pin.format("c") + 'name = "x"\n')
+    with pytest.raises(OptionError, match="line 9: two pins have the name 'x'"):
         read_settings(CommandOptions(config=path))
 
 
@@ -232,6 +251,109 @@ def test_clients_have_half_of_the_bound_and_no_request_fails(tmp_path: Path) -> 
         assert 0 < cache.counters()["bytes_pinned"] <= 15_000
         assert cache.counters()["pins_refused"] > 0
         assert model.pin("Of the operator. " * 4).complete
+
+
+def test_a_conversation_has_one_pin(server: RunningServer, cache: erllama.Cache) -> None:
+    messages: list[dict[str, object]] = []
+    lengths = []
+    for question in ("How are you?", "Who are you?", "Where are you?"):
+        messages = [*messages, {"role": "user", "content": [block(question, "5m")]}]
+        ask(server, system=[block(RULES, "1h")], messages=messages)
+        messages.append({"role": "assistant", "content": "Fine."})
+        system, turn = sorted(pins_of(server, cache), key=lambda pin: pin.n_tokens)
+        assert (system.name[:10], turn.name[:10]) == ("client-1h-", "client-5m-")
+        lengths.append(turn.n_tokens)
+    assert lengths[0] < lengths[1] < lengths[2]
+
+
+def test_each_key_has_pins_of_its_own_number(
+    model: erllama.Model, cache: erllama.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("erllama.server.pins._MAX_CLIENT_PINS", 2)
+    names: list[str] = []
+    with running_server(model, keys=(ApiKey(secret="a"), ApiKey(secret="b"))) as server:
+        for secret, n in (("b", 0), ("a", 1), ("a", 2), ("a", 3)):
+            ask(server, secret, system=[block(f"{n} {RULES}", "1h")])
+            names += [pin.name for pin in pins_of(server, cache) if pin.name not in names]
+    assert {pin.name for pin in cache.pins()} == {names[0], *names[2:]}
+
+
+def test_the_key_is_charged_for_what_its_pin_computes(
+    cache: erllama.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def pin_computed(*args: object, count: Callable[[int], object], **options: object) -> None:
+        count(50)
+        raise PinQuotaExceeded("too much")
+
+    monkeypatch.setattr("erllama._model.requests.pins.PinRequests.pin_computed", pin_computed)
+    charged: list[tuple[str, int]] = []
+    key = ApiKey(secret="a", tokens_per_minute=10_000)
+    with model_replying("Fine.", cache=cache) as model, running_server(model, keys=(key,)) as server:
+        monkeypatch.setattr(RateLimits, "charge", lambda self, key, n: charged.append((key.secret, n)))
+        ask(server, "a", system=[block(RULES, "1h")])
+        pins_of(server, cache)
+    assert charged[-1] == ("a", 50)
+
+
+def pin_for_client(pins: ClientPins, model: erllama.Model, prefix: NDArray[np.int32], ttl: str = "1h") -> int:
+    """Pin a prefix for a client. Return the number of tokens that the client is charged for."""
+    charges: list[int] = []
+
+    async def find_prefix() -> NDArray[np.int32]:
+        return prefix
+
+    async def main() -> None:
+        pins.begin(PinOrder(model=model, find_prefix=find_prefix, ttl=ttl, charge=charges.append))
+        await pins.wait()
+
+    asyncio.run(main())
+    return sum(charges)
+
+
+def test_expired_pins_do_not_count(cache: erllama.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("erllama.server.pins._MAX_CLIENT_PINS", 2)
+    pins, prefixes = ClientPins(b"key"), [random_prompt(n, 60) for n in range(3)]
+    with load_stub(StubBackend(n_ctx=1024), cache=cache) as model:
+        for prefix in prefixes:
+            model.prefill(prefix)
+        pin_for_client(pins, model, prefixes[0], "1h")
+        pin_for_client(pins, model, prefixes[1], "5m")
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 301)
+        pin_for_client(pins, model, prefixes[2], "1h")
+        assert len(cache.pins()) == 2
+
+
+def test_a_pin_of_a_client_computes_no_token(cache: erllama.Cache) -> None:
+    """The request has computed the prefix. If it is not stored any more, other blocks needed its room."""
+    backend, prompt = StubBackend(n_ctx=1024), random_prompt(1, 200)
+    with load_stub(backend, cache=cache) as model:
+        model.prefill(prompt)
+        for prefix in (prompt[:150], random_prompt(2, 200)):
+            assert pin_for_client(ClientPins(b"key"), model, prefix) == 0
+        assert [(pin.n_tokens, pin.complete) for pin in cache.pins()] == [(150, True)]
+        assert backend.tokens_decoded == 200
+
+
+def test_memory_that_cannot_be_cut_computes_the_end_of_a_prefix_once(cache: erllama.Cache) -> None:
+    backend, prompt = StubBackend(n_ctx=1024, can_trim=False), random_prompt(1, 200)
+    with load_stub(backend, cache=cache) as model:
+        model.prefill(prompt)
+        for expected in (150 - 144, 0):
+            n_decoded = backend.tokens_decoded
+            assert pin_for_client(ClientPins(b"key"), model, prompt[:150]) == expected
+            assert backend.tokens_decoded - n_decoded == expected
+            assert [(pin.n_tokens, pin.complete) for pin in cache.pins()] == [(150, True)]
+
+
+def test_names_of_pins_depend_on_the_key_of_the_server(cache: erllama.Cache) -> None:
+    """Without that key, a name confirms no guess of a prompt."""
+    prefix = random_prompt(1, 60)
+    with load_stub(StubBackend(n_ctx=1024), cache=cache) as model:
+        model.prefill(prefix)
+        for key in (b"a", b"a", b"b"):
+            pin_for_client(ClientPins(key), model, prefix)
+    assert len({pin.name for pin in cache.pins()}) == 2
 
 
 def test_the_oldest_pin_of_clients_ends_beyond_their_number(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import erllama
+from erllama.cache import FileTier
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
 from support.chat.scripted_model import model_replying
@@ -175,6 +177,40 @@ def test_contexts_that_the_policy_excludes_cannot_be_pinned(cache: erllama.Cache
         model.pin(random_prompt(1, 200))
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_prefix_that_is_never_stored_is_computed_at_most_twice(cache: erllama.Cache, warm: bool) -> None:
+    """Once in the context as it is, and once in an empty one if that context had a part of the prefix."""
+    backend, prefix = StubBackend(n_ctx=1024), random_prompt(1, 200)
+    with load_stub(backend, cache=cache, policy={"min_tokens": 300}) as model:
+        if warm:
+            model.prefill(prefix)
+        with pytest.raises(erllama.PinError, match="min_tokens"):
+            model.pin(prefix)
+        assert backend.tokens_decoded == 200 + (201 if warm else 0)
+        n_decoded = backend.tokens_decoded
+        with pytest.raises(erllama.PinError, match="min_tokens"):
+            asyncio.run(model.apin(random_prompt(2, 200)))
+        assert backend.tokens_decoded == n_decoded + 200
+
+
+def test_a_pin_that_cannot_be_written_computes_no_prefix_anew(
+    cache: erllama.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: FileTier, pin: object) -> None:
+        raise sqlite3.OperationalError("disk is full")
+
+    backend, prefix = StubBackend(n_ctx=1024), random_prompt(1, 200)
+    with load_stub(backend, cache=cache) as model:
+        model.prefill(prefix)
+        n_decoded = backend.tokens_decoded
+        monkeypatch.setattr(FileTier, "put_pin", fail)
+        with pytest.raises(erllama.PinError, match="disk is full"):
+            model.pin(prefix)
+        with pytest.raises(erllama.PinError, match="disk is full"):
+            asyncio.run(model.apin(prefix))
+        assert backend.tokens_decoded == n_decoded
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -195,9 +231,8 @@ def test_wrong_options_are_refused(cache: erllama.Cache, options: dict[str, obje
 
 
 def test_a_model_without_a_cache_cannot_pin() -> None:
-    with (
-        erllama.Cache(ram=0) as none,
-        load_stub(StubBackend(n_ctx=1024), cache=none) as model,
-        pytest.raises(erllama.PinError, match="neither a RAM tier nor a directory"),
-    ):
-        model.pin(np.arange(3, 50))
+    backend = StubBackend(n_ctx=1024)
+    with erllama.Cache(ram=0) as none, load_stub(backend, cache=none) as model:
+        with pytest.raises(erllama.PinError, match="neither a RAM tier nor a directory"):
+            model.pin(np.arange(3, 50))
+        assert backend.tokens_decoded == 0

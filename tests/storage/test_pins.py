@@ -273,6 +273,39 @@ def test_a_smaller_quota_ends_the_protection_of_the_youngest_pins(tmp_path: Path
     assert bytes_in(tmp_path) <= 6000
 
 
+def test_a_pin_beyond_a_smaller_quota_is_in_effect_while_an_older_one_is_lost(tmp_path: Path) -> None:
+    with disk_cache(tmp_path) as cache:
+        save_and_pin(cache, ids(0), "old")
+        save_and_pin(cache, ids(500), "young")
+    with disk_cache(tmp_path, pin_quota=3500) as cache:
+        assert [each.complete for each in cache.pins()] == [True, False]
+        for each in blocks_of(ids(0)):
+            (tmp_path / "blocks" / f"{each.key.hex()}.kvc").write_bytes(b"?")
+        with cache.lookup(NAMESPACE, ids(0)) as match:
+            assert [cache.load(block) for block in match.blocks] == [None] * 3
+        assert [each.complete for each in cache.pins()] == [False, True]
+        save(cache, ids(0), n_bytes=BYTES)
+        cache.flush()
+        assert [each.complete for each in cache.pins()] == [True, False]
+
+
+def test_writes_to_a_full_tier_compute_once_what_pins_protect(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def count(*arguments: object) -> object:
+        calls.append(arguments)
+        return admitted_pins(*arguments)  # type: ignore[arg-type]
+
+    save_and_pin(cache, ids(0), "a")
+    save_and_pin(cache, ids(0, SIZE + 5), "b", expires=time.time() + 1000)
+    monkeypatch.setattr("erllama.cache.catalog.pin_book.admitted_pins", count)
+    fill(cache)
+    assert len(calls) <= 1
+    assert hit(cache, ids(0)) == 40
+
+
 def test_a_larger_prefix_than_the_tier_holds_is_refused(tmp_path: Path) -> None:
     with disk_cache(tmp_path, ram="1MiB", disk_quota=3000) as cache:
         save(cache, ids(0, 200), n_bytes=BYTES)
@@ -308,6 +341,16 @@ def test_an_expired_pin_protects_no_block(tmp_path: Path, monkeypatch: pytest.Mo
         assert index.execute("SELECT count(*) FROM pins").fetchone() == (0,)
 
 
+def test_expired_pins_of_ram_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cache(ram=QUOTA, block_size=SIZE) as cache:
+        save_and_pin(cache, ids(0), "a", expires=time.time() + 1000)
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 1001)
+        save_and_pin(cache, ids(500), "b")
+        (root,) = cache._catalog.ledger("ram").roots
+        assert [each.name for each in cache._catalog.pin_book.pins(root)] == ["b"]
+
+
 # --- damage -----------------------------------------------------------------------------------------
 
 
@@ -332,14 +375,34 @@ def test_a_damaged_pinned_block_is_dropped_and_shown_until_repaired(tmp_path: Pa
         assert hit(cache, tokens) == 3 * SIZE
 
 
-def test_a_damaged_row_of_a_pin_rebuilds_the_index(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["blocks = x'00'", "model = CAST(x'ff' AS TEXT)", "n_tokens = 0"])
+def test_a_damaged_pin_is_removed_and_others_stay(
+    tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with disk_cache(tmp_path) as cache:
-        save_and_pin(cache, ids(0))
+        save_and_pin(cache, ids(0), "bad")
+        good = save_and_pin(cache, ids(500), "good")
+        cache.remember_text(NAMESPACE, b"text", ids(0, 3))
     with closing(sqlite3.connect(tmp_path / "index.db", isolation_level=None)) as index:
-        index.execute("UPDATE pins SET blocks = x'00'")
+        index.execute(f"UPDATE pins SET {change} WHERE name = 'bad'")
     with disk_cache(tmp_path) as cache:
-        wait_until(lambda: hit(cache, ids(0)) == 40)
-        assert cache.pins() == []
+        assert cache.pins() == [good]
+        assert cache.longest_text(NAMESPACE, b"text") is not None
+        assert hit(cache, ids(0)) == 40
+    assert "removed damaged rows of pins: 1" in caplog.text
+    assert not list(tmp_path.glob("*.damaged-*"))
+    with closing(sqlite3.connect(tmp_path / "index.db")) as index:
+        assert index.execute("SELECT name FROM pins").fetchall() == [("good",)]
+
+
+def test_a_pin_that_is_damaged_while_the_cache_is_open_costs_no_other(tmp_path: Path) -> None:
+    with disk_cache(tmp_path) as cache, disk_cache(tmp_path) as other:
+        save_and_pin(cache, ids(0), "bad")
+        good = save_and_pin(cache, ids(500), "good")
+        with closing(sqlite3.connect(tmp_path / "index.db", isolation_level=None)) as index:
+            index.execute("UPDATE pins SET blocks = x'00' WHERE name = 'bad'")
+        assert other.pins() == [good]
+    assert not list(tmp_path.glob("*.damaged-*"))
 
 
 # --- older directories, copies and archives -----------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TypedDict, cast
 
 from erllama._model.requests.speculation import DraftModel, drafter_factory
 from erllama.chat.request import ChatRequest
-from erllama.checks import choice, reject_unknown, shown
+from erllama.checks import choice, reject_unknown, seconds, shown
 from erllama.engine import (
     Drafter,
     Grammar,
@@ -156,6 +156,18 @@ def pin_options(options: PinOptions, where: str) -> tuple[dict[str, object], Tem
     own = {name: value for name, value in known.items() if name in _PIN}
     template = {name: value for name, value in known.items() if name in _TEMPLATE and value is not None}
     return own, cast(TemplateOptions, template)
+
+
+def pin_ttl(value: object) -> float:
+    """Return the time to live of a pin in seconds.
+
+    Raises:
+        OptionError: it is not a duration of more than 0 seconds.
+    """
+    found = seconds("ttl", value)
+    if not found:
+        raise OptionError(f"ttl={value!r}; pass more than 0 seconds, or leave it out")
+    return found
 
 
 def chat_request(

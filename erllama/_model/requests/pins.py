@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -17,20 +17,19 @@ from numpy.typing import NDArray
 
 from erllama._model.requests.chats import ChatRequests
 from erllama._model.requests.completions import CompletionRequests
-from erllama._model.requests.options import PinOptions, PrefillOptions, TemplateOptions, pin_options
+from erllama._model.requests.options import PinOptions, PrefillOptions, TemplateOptions, pin_options, pin_ttl
 from erllama._model.requests.prompts import PromptReader
 from erllama._model.runner import ModelRunner
 from erllama._types import Messages, Prompt
 from erllama.cache import Cache, Pin
 from erllama.cache.blocks.keys import common_prefix, token_bytes
-from erllama.cache.blocks.pins import check_pin_name
-from erllama.checks import seconds
+from erllama.cache.blocks.pins import PrefixNotStored, check_pin_name
 from erllama.engine import Backend, Ticket
 from erllama.engine.kv.prefix_cache import prompt_namespace
-from erllama.errors import ChatError, OptionError, PinError, PinQuotaExceeded
+from erllama.errors import ChatError, OptionError, PinError
 
-# How a prefix that is not stored is computed, in order. If its KV is in the context's cells and not stored any
-# more, only a computation in an empty context stores it.
+# How a prefix that is not stored is computed, in order: False with the KV that the context's cells have, True in an
+# empty context. If the cells have KV that is not stored any more, only the second one stores it.
 _ATTEMPTS = (False, True)
 _PROBES = ("a", "0")  # two messages that may follow; their prompts differ where their texts begin
 
@@ -69,50 +68,74 @@ class PinRequests:
         self._id, self._cache, self._runner, self._backend = id, cache, runner, backend
         self._prompts, self._requests, self._chat_requests = prompts, requests, chat_requests
 
-    def run(self, prompt: Prompt | Messages, options: PinOptions, owner: object, *, share: float = 1.0) -> Pin:
-        """Compute a prefix and pin it; `share` as of `Cache.pin_prefix`."""
-        plan = self._plan(prompt, options, "pin", share)
+    def run(self, prompt: Prompt | Messages, options: PinOptions, owner: object) -> Pin:
+        """Compute a prefix, unless it is stored, and pin it."""
+        plan = self._plan(prompt, options, "pin")
         for anew in _ATTEMPTS:
             try:
                 return self._store(plan)
-            except PinQuotaExceeded:
-                raise
-            except PinError:
-                self._requests.run(self._ticket(plan, owner, anew=anew))
+            except PrefixNotStored:
+                reply = self._requests.run(self._ticket(plan, owner, anew=anew))
+            if not reply.cache.tokens:  # the context was empty, so the other attempt would do the same
+                break
         return self._store(plan)
 
-    async def run_async(
-        self, prompt: Prompt | Messages, options: PinOptions, owner: object, *, share: float = 1.0
-    ) -> Pin:
+    async def run_async(self, prompt: Prompt | Messages, options: PinOptions, owner: object) -> Pin:
         """`run` for asyncio."""
         # Rendering templates and writing files would block the event loop.
-        plan = await asyncio.to_thread(self._plan, prompt, options, "apin", share)
+        plan = await asyncio.to_thread(self._plan, prompt, options, "apin")
         for anew in _ATTEMPTS:
             try:
                 return await asyncio.to_thread(self._store, plan)
-            except PinQuotaExceeded:
+            except PrefixNotStored:
+                reply = await self._requests.run_async(self._ticket(plan, owner, anew=anew))
+            if not reply.cache.tokens:
+                break
+        return await asyncio.to_thread(self._store, plan)
+
+    async def pin_computed(
+        self,
+        ids: NDArray[np.int32],
+        options: PinOptions,
+        owner: object,
+        *,
+        share: float,
+        count: Callable[[int], object],
+    ) -> Pin:
+        """Pin a prefix of a prompt that a request has just computed.
+
+        The request has stored the whole prefix, so nothing is computed. Memory that cannot be cut is the exception:
+        the request has stored it at other positions only, and the end of the prefix is computed once.
+
+        Args:
+            ids: the prefix, token ids, int32, shape (n,).
+            share: as of `Cache.pin_prefix`.
+            count: called with the number of tokens that were computed, if any.
+        """
+        plan = await asyncio.to_thread(self._plan, ids, options, "apin", share)
+        try:
+            return await asyncio.to_thread(self._store, plan)
+        except PrefixNotStored:
+            if self._backend.limits.can_trim:
                 raise
-            except PinError:
-                await self._requests.run_async(self._ticket(plan, owner, anew=anew))
+        reply = await self._requests.run_async(self._ticket(plan, owner, anew=False))
+        count(reply.n_prompt - reply.cache.tokens)
         return await asyncio.to_thread(self._store, plan)
 
     # --- planning
 
-    def _plan(self, prompt: object, options: PinOptions, where: str, share: float) -> _Plan:
+    def _plan(self, prompt: object, options: PinOptions, where: str, share: float = 1.0) -> _Plan:
         self._prompts.check_generates()
         own, template = pin_options(options, where)
         salt = self._requests.salt(cast(str | None, own.get("cache_salt")))
         namespace = self._requests.namespace(salt)
         ids = self._prompts.ids(self._tokens(prompt, template, salt, where))
-        name, ttl = own.get("name"), own.get("ttl")
-        if ttl is not None and seconds("ttl", ttl) == 0:
-            raise OptionError(f"ttl={ttl!r}; pass more than 0 seconds, or leave it out")
+        name = own.get("name")
+        ttl = None if own.get("ttl") is None else pin_ttl(own["ttl"])
         if name is None:
             name = f"prefix-{hashlib.sha256(namespace + token_bytes(ids)).hexdigest()[:16]}"
         prefill: PrefillOptions = {"cache_salt": salt, "timeout": cast(float | None, own.get("timeout"))}
-        return _Plan(
-            ids, namespace, check_pin_name(name), None if ttl is None else seconds("ttl", ttl), share, prefill
-        )
+        return _Plan(ids, namespace, check_pin_name(name), ttl, share, prefill)
 
     def _tokens(self, prompt: object, template: TemplateOptions, salt: str | None, where: str) -> Prompt:
         """Return a prompt without messages: text, or token ids."""

@@ -22,6 +22,7 @@ from erllama.server.anthropic.options import template_options
 from erllama.server.anthropic.signatures import ThoughtSigner
 from erllama.server.endpoints import Call
 from erllama.server.models import ServedModel
+from erllama.server.pins import PinOrder
 from erllama.server.replies.templates import rendering_options
 from erllama.server.replies.unstable_prefixes import drop_unstable_headers
 
@@ -52,10 +53,18 @@ def pin_prefixes(call: Call, served: ServedModel, body: MessagesBody, prompt: ND
     Args:
         prompt: the request's prompt, token ids, int32, shape (n,).
     """
-    salt = call.cache_salt(body.cache_salt)
+    salt, key = call.cache_salt(body.cache_salt), call.key
+
+    def charge(n_tokens: int) -> None:
+        if key is not None:
+            call.server.rate_limits.charge(key, n_tokens)
+
     for place in {place.ttl: place for place in _places(body)}.values():  # the last one of each time
         tokens = partial(asyncio.to_thread, _prefix_tokens, call, served, _body_up_to(body, place), prompt)
-        call.server.client_pins.begin(served.model, tokens, place.ttl, salt)
+        order = PinOrder(
+            model=served.model, find_prefix=tokens, ttl=place.ttl, cache_salt=salt, key=key, charge=charge
+        )
+        call.server.client_pins.begin(order)
 
 
 def _prefix_tokens(
