@@ -172,7 +172,7 @@ function renderCode({ language, text }) {
     { class: "code" },
     element("div", { class: "code-bar" }, element("span", {}, name || "text"), copy),
     // A person without a mouse scrolls it with the arrow keys.
-    element("pre", { tabindex: "0", role: "region", "aria-label": name ? `Code, ${name}` : "Code" }, element("code", {}, text)),
+    element("pre", { tabindex: "0", role: "group", "aria-label": name ? `Code, ${name}` : "Code" }, element("code", {}, text)),
   );
 }
 
@@ -197,7 +197,7 @@ function renderTable({ head, rows }) {
     element("tr", {}, texts.map((text) => element(tag, tag === "th" ? { scope: "col" } : {}, renderInline(text))));
   return element(
     "div",
-    { class: "table", tabindex: "0", role: "region", "aria-label": "Table" },
+    { class: "table", tabindex: "0", role: "group", "aria-label": "Table" },
     element(
       "table",
       {},

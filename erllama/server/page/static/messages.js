@@ -225,7 +225,7 @@ function callBlock(call) {
     "div",
     { class: "call" },
     element("p", { class: "call-name" }, element("span", { class: "muted" }, "Call of "), element("code", {}, call.name)),
-    element("pre", { tabindex: "0", role: "region", "aria-label": `Arguments of ${call.name}` }, element("code", {}, text)),
+    element("pre", { tabindex: "0", role: "group", "aria-label": `Arguments of ${call.name}` }, element("code", {}, text)),
   );
 }
 
