@@ -16,12 +16,14 @@ let conversations = store.loadAll();
 let current = conversations[0] ?? store.newConversation();
 let models = [];
 let dialogConversation = null;
+const unsaved = new Map(); // why a conversation is not stored, by its id
 
 const list = new MessageList(byId("messages"), byId("scroller"), {
   edit: (old, content) => reply(store.addMessage(current, old.parent, { role: "user", content }).id),
   regenerate: (old) => reply(old.parent),
   retry: (old) => {
-    if (!old.content && !old.thinking && !old.calls?.length) store.removeLeaf(current, old);
+    if (replies.runningMessage(current)) return;
+    if (store.isEmptyReply(old) && !old.thinking) store.removeLeaf(current, old);
     reply(old.parent);
   },
   choose: (sibling, name) => {
@@ -42,25 +44,35 @@ const list = new MessageList(byId("messages"), byId("scroller"), {
 const replies = new Replies({
   onStart: ({ conversation }) => {
     keep(conversation);
+    if (conversation !== current) return;
     say("Waiting for the first token…");
-    if (conversation === current) show({ toEnd: true });
+    show({ toEnd: true });
   },
   onChange: ({ conversation, message: changed }) => {
+    if (conversation !== current) return;
     if (changed.content || changed.calls) say("Writing…");
     else if (changed.thinking) say("Thinking…");
-    if (conversation === current) list.update(changed);
+    list.update(changed);
   },
   onEnd: (ended) => {
-    say(endText(ended));
+    keep(ended.conversation);
     if (ended.needsKey) askForKey();
     if (ended.conversation !== current) return showConversations();
+    say(endText(ended));
     const atEnd = list.isAtEnd();
     show({ toEnd: atEnd });
-    if (ended.message.calls?.length && ended.message.state === "done") byId("result-0")?.focus();
-    else if (document.activeElement === document.body) message.focus();
+    focusAfter(ended);
   },
-  onNotice: notice,
 });
+
+/** Move the focus to what comes after a reply, but not from a person who types or is in a dialog. */
+function focusAfter({ message: { calls, state } }) {
+  const focused = document.activeElement;
+  const isFree = focused === document.body || (focused === message && !message.value);
+  if (!isFree || document.querySelector("dialog[open]")) return;
+  if (calls?.length && state === "done") byId("result-0")?.focus();
+  else message.focus();
+}
 
 function endText({ message: { state, figures } }) {
   if (state === "failed") return "The reply failed.";
@@ -74,13 +86,19 @@ function say(text) {
   if (status.textContent !== text) status.textContent = text;
 }
 
+/** Show a problem until the next one, beside the warning about conversations that are not stored. */
 function notice(text) {
-  byId("notice").textContent = text;
-  byId("notice").hidden = !text;
+  const [unstored = ""] = unsaved.values();
+  const shown = [text, unstored].filter(Boolean).join(" ");
+  if (byId("notice").textContent !== shown) byId("notice").textContent = shown;
+  byId("notice").hidden = !shown;
 }
 
 function keep(conversation) {
-  notice(store.save(conversation));
+  const problem = store.save(conversation);
+  if (problem) unsaved.set(conversation.id, problem);
+  else unsaved.delete(conversation.id);
+  notice("");
   if (!conversations.includes(conversation)) {
     conversations = [conversation, ...conversations.filter((each) => each.id !== conversation.id)];
   }
@@ -172,10 +190,19 @@ function deleteConversation() {
     ask.textContent = "Delete for good";
     return;
   }
-  replies.forget(id);
   store.remove(id);
+  leaveOut(id);
+  // There may be room for others now.
+  for (const each of conversations) if (unsaved.has(each.id)) keep(each);
+}
+
+/** Drop a conversation that was deleted, here or in another tab. */
+function leaveOut(id) {
+  replies.forget(id);
+  unsaved.delete(id);
+  notice("");
   conversations = conversations.filter((each) => each.id !== id);
-  byId("conversation-dialog").close();
+  if (dialogConversation?.id === id) byId("conversation-dialog").close();
   if (current.id === id) open(conversations[0] ?? store.newConversation(current.settings));
   else showConversations();
 }
@@ -189,7 +216,7 @@ function download(chosen, name) {
 
 async function importFile(file) {
   try {
-    if (file.size > store.MAX_IMPORT_BYTES) throw new Error("This file is larger than 64 MiB, more than a browser stores.");
+    if (file.size > store.MAX_IMPORT_BYTES) throw new Error("This file is larger than 64 MiB, the limit of an import.");
     const imported = store.importText(await file.text());
     for (const conversation of imported) keep(conversation);
     if (imported.length) open(imported[0]);
@@ -221,13 +248,13 @@ function showModel() {
   model.hidden = !names.length;
 }
 
-function drawSettings() {
+function drawSettings(options) {
   if (byId("settings").hidden) return;
   const conversation = current;
   const onChange = () => {
     if (conversation.messages.length) keep(conversation);
   };
-  showSettings(byId("settings"), conversation.settings, onChange, () => toggleSettings(false));
+  showSettings(byId("settings"), conversation.settings, onChange, () => toggleSettings(false), options);
 }
 
 function toggleSettings(isOpen) {
@@ -328,14 +355,29 @@ function onMessageKey(event) {
 
 function onStorage(event) {
   const id = store.changedConversation(event);
-  if (id === null || replies.liveConversation(id)) return;
-  const changed = store.load(id);
-  conversations = conversations.filter((each) => each.id !== id);
-  if (changed) conversations.push(changed);
-  if (changed && current.id === id && list.editing === null) {
-    current = changed;
-    show();
-  } else showConversations();
+  if (id === null) return;
+  const stored = store.load(id);
+  const wasShown = current;
+  const own = [current, ...conversations].find((each) => each.id === id);
+  if (stored) followStorage(own, stored);
+  else if (event.newValue === null) {
+    leaveOut(id);
+    if (own === wasShown) say("Another tab deleted this conversation.");
+  }
+}
+
+/** Show what another tab stored. `own` is the conversation as this tab has it, if it does: its object stays. */
+function followStorage(own, stored) {
+  if (!own) conversations.push(stored);
+  const isChanged = own && store.addStored(own, stored);
+  if (own) store.takeSettings(own, stored);
+  if (own !== current) return showConversations();
+  drawSettings({ keepsFocused: true });
+  if (isChanged && list.editing === null) show();
+  else {
+    showConversations();
+    showModel();
+  }
 }
 
 function connect() {

@@ -107,7 +107,7 @@ export class MessageList {
     const stopped = message.state === "stopped" && "You stopped this reply, or left the page.";
     const cut = message.state === "done" && message.finish === "length" && "The reply reached the limit of its tokens, or of the context.";
     if (message.state !== "failed") return stopped || cut ? element("p", { class: "muted note" }, stopped || cut) : "";
-    const retry = button("Try again", () => this.actions.retry(message), { "data-action": "retry" });
+    const retry = button("Try again", () => this.actions.retry(message), { "data-action": "retry", disabled: this.running !== null });
     return element("div", { class: "failure" }, element("p", {}, message.error ?? "The reply failed."), retry);
   }
 
