@@ -139,7 +139,7 @@ function parsed(text) {
 }
 
 /**
- * Add to a conversation what another tab stored. Returns whether its messages changed.
+ * Add to a conversation what another tab stored.
  *
  * Messages of both stay. Of two states of one reply, the later one stays. A removed message returns if the other tab has
  * answered it. The branches that this tab shows, its title and its settings stay.
@@ -151,18 +151,14 @@ export function addStored(conversation, stored) {
   const parents = new Set(all.map((message) => message.parent));
   const removed = new Set([...conversation.removed, ...stored.removed].filter((id) => !parents.has(id)));
   const messages = all.filter((message) => !removed.has(message.id));
-  let isChanged = messages.length !== own.size || messages.some((message) => !own.has(message.id));
   for (const message of stored.messages) {
     const mine = own.get(message.id);
-    if (!mine || !isLater(message, mine)) continue;
-    Object.assign(mine, message);
-    isChanged = true;
+    if (mine && isLater(message, mine)) Object.assign(mine, message);
   }
   const chosen = { ...stored.chosen, ...conversation.chosen };
   for (const [parent, child] of Object.entries(chosen)) if (removed.has(child)) delete chosen[parent];
   const updated = Math.max(conversation.updated, stored.updated);
   Object.assign(conversation, { messages, chosen, updated, removed: [...removed] });
-  return isChanged;
 }
 
 /** Return whether a state of a reply is later than another: the end of the reply, or more of it. */

@@ -3,7 +3,7 @@
 import { getJson, getKey, setKey } from "./api.js";
 import { CacheView } from "./cache.js";
 import * as store from "./conversations.js";
-import { button, byId, element } from "./dom.js";
+import { button, byId, element, isComposing } from "./dom.js";
 import { MessageList, lastMessageId, lastUserMessage } from "./messages.js";
 import { plural } from "./numbers.js";
 import { Replies } from "./replies.js";
@@ -15,6 +15,7 @@ const model = byId("model");
 let conversations = store.loadAll();
 let current = conversations[0] ?? store.newConversation();
 let models = [];
+let shown = ""; // the outline of what the list shows
 let dialogConversation = null;
 const unsaved = new Map(); // why a conversation is not stored, by its id
 
@@ -89,9 +90,9 @@ function say(text) {
 /** Show a problem until the next one, beside the warning about conversations that are not stored. */
 function notice(text) {
   const [unstored = ""] = unsaved.values();
-  const shown = [text, unstored].filter(Boolean).join(" ");
-  if (byId("notice").textContent !== shown) byId("notice").textContent = shown;
-  byId("notice").hidden = !shown;
+  const all = [text, unstored].filter(Boolean).join(" ");
+  if (byId("notice").textContent !== all) byId("notice").textContent = all;
+  byId("notice").hidden = !all;
 }
 
 function keep(conversation) {
@@ -109,11 +110,18 @@ function keep(conversation) {
 function show({ toEnd = false } = {}) {
   const running = replies.runningMessage(current);
   list.show(current, running);
+  shown = outline(current);
   byId("send").hidden = running !== null;
   byId("stop").hidden = running === null;
   showConversations();
   showModel();
   if (toEnd) list.scrollToEnd();
+}
+
+/** Return a text that is different once the messages that are shown, or their versions, are. */
+function outline(conversation) {
+  const messages = store.shownMessages(conversation);
+  return JSON.stringify(messages.map(({ id, parent, state, content }) => [id, state, content.length, store.siblings(conversation, parent).length]));
 }
 
 function reply(parent) {
@@ -132,7 +140,7 @@ function open(conversation) {
 
 function startConversation() {
   open(store.newConversation(current.settings));
-  if (location.hash === "#cache") location.hash = "#chat";
+  if (isCacheChosen()) location.hash = "#chat";
   message.focus();
 }
 
@@ -297,8 +305,12 @@ const cacheView = new CacheView(byId("cache"), (error) => {
   if (error.status === 401) askForKey();
 });
 
+function isCacheChosen() {
+  return location.hash === "#cache";
+}
+
 function showView() {
-  const isCache = location.hash === "#cache";
+  const isCache = isCacheChosen();
   byId("chat").hidden = isCache;
   byId("sidebar").hidden = isCache;
   byId("menu").hidden = isCache;
@@ -320,29 +332,37 @@ function showView() {
 const SHORTCUTS = {
   KeyN: startConversation,
   KeyR: () => {
+    if (isCacheChosen()) return;
     const last = store.shownMessages(current).at(-1);
     if (last?.role === "assistant") reply(last.parent);
   },
-  KeyS: () => toggleSettings(byId("settings").hidden),
+  KeyS: () => {
+    if (!isCacheChosen()) toggleSettings(byId("settings").hidden);
+  },
   KeyV: () => {
-    location.hash = location.hash === "#cache" ? "#chat" : "#cache";
+    location.hash = isCacheChosen() ? "#chat" : "#cache";
   },
 };
 
 function onKey(event) {
+  if (isComposing(event) || document.querySelector("dialog[open]")) return;
   const isPlainAlt = event.altKey && !event.ctrlKey && !event.metaKey && !event.shiftKey;
-  if (document.querySelector("dialog[open]")) return;
-  if (isPlainAlt && SHORTCUTS[event.code]) {
+  // On Apple's keyboards, Option and a letter type another letter.
+  const types = /Mac|iP/.test(navigator.platform) && event.target.matches?.("textarea, input");
+  if (isPlainAlt && !types && SHORTCUTS[event.code]) {
     event.preventDefault();
     SHORTCUTS[event.code]();
   } else if (event.key === "Escape") {
-    if (byId("sidebar").classList.contains("open")) toggleSidebar(false);
-    else replies.stop(current);
+    if (byId("sidebar").classList.contains("open")) {
+      toggleSidebar(false);
+      byId("menu").focus();
+    } else replies.stop(current);
   }
 }
 
 function onMessageKey(event) {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  if (isComposing(event)) return;
+  if (event.key === "Enter" && !event.shiftKey) {
     event.preventDefault();
     submit();
   } else if (event.key === "ArrowUp" && message.value === "") {
@@ -368,16 +388,15 @@ function onStorage(event) {
 
 /** Show what another tab stored. `own` is the conversation as this tab has it, if it does: its object stays. */
 function followStorage(own, stored) {
-  if (!own) conversations.push(stored);
-  const isChanged = own && store.addStored(own, stored);
-  if (own) store.takeSettings(own, stored);
-  if (own !== current) return showConversations();
+  if (own) {
+    store.addStored(own, stored);
+    store.takeSettings(own, stored);
+  } else conversations.push(stored);
+  showConversations();
+  if (own !== current) return;
+  showModel();
   drawSettings({ keepsFocused: true });
-  if (isChanged && list.editing === null) show();
-  else {
-    showConversations();
-    showModel();
-  }
+  if (list.editing === null && outline(current) !== shown) show();
 }
 
 function connect() {

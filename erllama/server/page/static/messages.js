@@ -1,7 +1,7 @@
 // Shows the messages of a conversation, and what can be done with each.
 
 import { ROOT, shownMessages, siblings } from "./conversations.js";
-import { button, copyText, element } from "./dom.js";
+import { button, copyText, element, isComposing } from "./dom.js";
 import { showMarkdown } from "./markdown.js";
 import { figuresText, percent, seconds } from "./numbers.js";
 
@@ -202,10 +202,11 @@ export class MessageList {
       ),
     );
     field.addEventListener("keydown", (event) => {
+      if (isComposing(event)) return;
       if (event.key === "Escape") {
         event.stopPropagation();
         leave();
-      } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      } else if (event.key === "Enter" && !event.shiftKey) {
         event.preventDefault();
         form.requestSubmit();
       }
