@@ -121,7 +121,8 @@ function show({ toEnd = false } = {}) {
 /** Return a text that is different once the messages that are shown, or their versions, are. */
 function outline(conversation) {
   const messages = store.shownMessages(conversation);
-  return JSON.stringify(messages.map(({ id, parent, state, content }) => [id, state, content.length, store.siblings(conversation, parent).length]));
+  const nVersions = ({ parent }) => store.siblings(conversation, parent).length;
+  return JSON.stringify(messages.map((each) => [each.id, each.state, each.content.length, nVersions(each)]));
 }
 
 function reply(parent) {
