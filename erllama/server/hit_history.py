@@ -45,7 +45,7 @@ class Interval(NamedTuple):
 
 @dataclass(slots=True)
 class HitHistory:
-    """Counts requests as they end. There is no timer: a server without requests does nothing.
+    """Counts requests as they end. An interval without requests takes no memory.
 
     Args:
         clock: returns the time in seconds since 1970.

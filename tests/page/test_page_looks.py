@@ -88,19 +88,26 @@ def test_the_cache_view_shows_tiers_hit_rate_pins_and_models(chrome: Browser, us
 
 
 def test_the_cache_view_follows_the_server(chrome: Browser, page_server: RunningServer) -> None:
-    with visiting(chrome, page_server.url, "/#cache") as visit:
+    with visiting(chrome, page_server.url) as visit:
+        visit.page.get_by_role("combobox", name="Model").wait_for()
+        visit.page.clock.install()  # before the view starts its timer
+        visit.page.get_by_role("link", name="Cache").click()
         requests = visit.page.locator(".facts dd").last
         requests.wait_for()
         before = int(requests.inner_text())
         page_server.post({"messages": [{"role": "user", "content": "hello"}]})
+        visit.page.clock.run_for(2500)  # longer than the view waits between two requests
         visit.page.wait_for_function(
             "n => document.querySelectorAll('.facts dd')[3].textContent === String(n)", arg=before + 1
         )
         visit.page.get_by_role("link", name="Chat").click()
         visit.page.get_by_role("textbox", name="Message").wait_for()
         n_requests = len(visit.requests)
-        visit.page.wait_for_timeout(2500)  # longer than the view waits between two requests
-        assert len(visit.requests) == n_requests, "a view that is not shown asks for nothing"
+        visit.page.clock.run_for(10_000)
+        visit.page.evaluate("fetch('/page/icon.svg')")  # requests are reported in order
+        assert visit.requests[n_requests:] == [f"{page_server.url}/page/icon.svg"], (
+            "a view that is not shown asks for nothing"
+        )
 
 
 @pytest.mark.usefixtures("pinned")

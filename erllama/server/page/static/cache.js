@@ -230,7 +230,7 @@ function table(head, rows, nTexts = 1) {
     element(tag, { scope: tag === "th" ? "col" : null, class: index >= nTexts ? "number" : null }, value);
   return element(
     "div",
-    { class: "table", tabindex: "0", role: "region", "aria-label": head.join(", ") },
+    { class: "table", tabindex: "0", role: "group", "aria-label": head.join(", ") },
     element(
       "table",
       {},

@@ -1,7 +1,8 @@
 // Conversations, and where the browser keeps them.
 //
 // A conversation is a tree of messages. An edit, or another reply, adds a branch beside the present one; `chosen` says
-// which branch is shown. Parents stand before their children in `messages`.
+// which branch is shown. Parents stand before their children in `messages`. `removed` has the ids of removed messages:
+// several tabs may change a conversation, and each adds what the others stored before it writes.
 
 const PREFIX = "erllama.conversation.";
 export const FORMAT = "erllama-conversations-1";
@@ -16,7 +17,7 @@ let memory = null; // used where the browser keeps nothing for the page
 
 export function newConversation(settings = {}) {
   const now = Date.now();
-  return { id: newId(), title: "", created: now, updated: now, settings: { ...settings }, messages: [], chosen: {} };
+  return { id: newId(), title: "", created: now, updated: now, settings: { ...settings }, messages: [], chosen: {}, removed: [] };
 }
 
 function newId() {
@@ -59,10 +60,17 @@ function groupByParent(messages) {
   return groups;
 }
 
-/** Remove a message that has no children, such as a reply that failed before its first word. */
+/** Remove a message, such as a reply that failed before its first word. A message with children stays. */
 export function removeLeaf(conversation, message) {
+  if (siblings(conversation, message.id).length) return;
+  conversation.removed.push(message.id);
   conversation.messages = conversation.messages.filter((each) => each !== message);
   if (conversation.chosen[message.parent] === message.id) delete conversation.chosen[message.parent];
+}
+
+/** Return whether a reply has no text and no calls, such as one that failed before its first word. */
+export function isEmptyReply(message) {
+  return message.role === "assistant" && !message.content && !message.calls?.length;
 }
 
 /** Return the messages up to one of them, in the API's form. */
@@ -70,7 +78,7 @@ export function requestMessages(conversation, last) {
   const shown = shownMessages(conversation);
   const upTo = shown.slice(0, shown.findIndex((message) => message.id === last) + 1);
   const system = conversation.settings.system;
-  return [...(system ? [{ role: "system", content: system }] : []), ...upTo.map(requestMessage)];
+  return [...(system ? [{ role: "system", content: system }] : []), ...upTo.filter((message) => !isEmptyReply(message)).map(requestMessage)];
 }
 
 function requestMessage(message) {
@@ -96,7 +104,7 @@ export function titleOf(conversation) {
 
 // --- storage --------------------------------------------------------------------------------------
 
-/** Return all stored conversations, the latest first. Entries that are damaged are left out. */
+/** Return all stored conversations, the latest first. Parts that are damaged are left out. */
 export function loadAll() {
   const found = [];
   try {
@@ -130,16 +138,60 @@ function parsed(text) {
   }
 }
 
-/** Store a conversation. Returns why it could not be stored, in plain words, or "". */
+/**
+ * Add to a conversation what another tab stored.
+ *
+ * Messages of both stay. Of two states of one reply, the later one stays. A removed message returns if the other tab has
+ * answered it. The branches that this tab shows, its title and its settings stay.
+ */
+export function addStored(conversation, stored) {
+  const own = new Map(conversation.messages.map((message) => [message.id, message]));
+  const added = stored.messages.filter((message) => !own.has(message.id));
+  const all = [...conversation.messages, ...added];
+  const parents = new Set(all.map((message) => message.parent));
+  const removed = new Set([...conversation.removed, ...stored.removed].filter((id) => !parents.has(id)));
+  const messages = all.filter((message) => !removed.has(message.id));
+  for (const message of stored.messages) {
+    const mine = own.get(message.id);
+    if (mine && isLater(message, mine)) Object.assign(mine, message);
+  }
+  const chosen = { ...stored.chosen, ...conversation.chosen };
+  for (const [parent, child] of Object.entries(chosen)) if (removed.has(child)) delete chosen[parent];
+  const updated = Math.max(conversation.updated, stored.updated);
+  Object.assign(conversation, { messages, chosen, updated, removed: [...removed] });
+}
+
+/** Return whether a state of a reply is later than another: the end of the reply, or more of it. */
+function isLater(one, other) {
+  const [isEnd, wasEnd] = [one, other].map(({ state, figures }) => state !== "stopped" || figures !== undefined);
+  if (isEnd !== wasEnd) return isEnd;
+  const [length, before] = [one, other].map(({ content, thinking }) => content.length + (thinking?.length ?? 0));
+  return !isEnd && length > before;
+}
+
+/** Take over the title and the settings that another tab stored. The object of the settings stays. */
+export function takeSettings(conversation, stored) {
+  conversation.title = stored.title;
+  for (const name of Object.keys(conversation.settings)) delete conversation.settings[name];
+  Object.assign(conversation.settings, stored.settings);
+}
+
+/**
+ * Store a conversation, with what other tabs added to it since.
+ *
+ * Returns why it could not be stored, in plain words, or "".
+ */
 export function save(conversation) {
   try {
+    const stored = readConversation(parsed(localStorage.getItem(PREFIX + conversation.id)));
+    if (stored) addStored(conversation, stored);
     localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
     return "";
   } catch (error) {
     memory ??= new Map();
     memory.set(conversation.id, conversation);
     return error.name === "QuotaExceededError"
-      ? "The browser has no more room for conversations. Export and delete some; this one is lost when you leave."
+      ? "The browser has no more room for conversations. Export and delete some; what is not stored is lost when you leave."
       : "The browser stores nothing for this page. Conversations are lost when you leave.";
   }
 }
@@ -170,29 +222,40 @@ export function importText(text) {
   if (file?.format !== FORMAT || !Array.isArray(file.conversations)) {
     throw new Error("This file has no conversations of this page. Choose a file that it exported.");
   }
-  const found = file.conversations.map(readConversation);
+  const found = file.conversations.map((each) => readConversation(each, { isStrict: true }));
   if (found.includes(null)) throw new Error("A conversation of this file is damaged, so none was imported.");
   return found.map((conversation) => ({ ...conversation, id: newId() }));
 }
 
-/** Return a conversation of a file or the storage with its known fields alone; null if one has a wrong type. */
-function readConversation(value) {
+/**
+ * Return a conversation of a file or the storage with its known fields alone; null if it cannot be read.
+ *
+ * Messages that cannot be read are left out, and one whose parent is missing follows the message before it. With
+ * `isStrict`, such a conversation cannot be read.
+ */
+function readConversation(value, { isStrict = false } = {}) {
   if (!isObject(value) || !isText(value.id) || !Array.isArray(value.messages)) return null;
   const messages = [];
   const known = new Set([ROOT]);
   for (const each of value.messages) {
     const message = readMessage(each);
-    if (!message || known.has(message.id) || !known.has(message.parent)) return null;
+    const isSound = message && !known.has(message.id) && known.has(message.parent);
+    if (!isSound && isStrict) return null;
+    if (!message || known.has(message.id)) continue;
+    if (!isSound) message.parent = messages.at(-1)?.id ?? ROOT;
     known.add(message.id);
     messages.push(message);
   }
+  if (value.messages.length && !messages.length) return null;
   const chosen = {};
   for (const [parent, child] of Object.entries(isObject(value.chosen) ? value.chosen : {})) {
     if (known.has(parent) && known.has(child)) chosen[parent] = child;
   }
   const settings = readSettings(value.settings);
   const [created, updated] = [value.created, value.updated].map((time) => (Number.isFinite(time) ? time : 0));
-  return { id: value.id, title: isText(value.title) ? value.title : "", created, updated, settings, messages, chosen };
+  const removed = Array.isArray(value.removed) ? value.removed.filter((id) => isText(id) && !known.has(id)) : [];
+  const title = isText(value.title) ? value.title : "";
+  return { id: value.id, title, created, updated, settings, messages, chosen, removed };
 }
 
 function readMessage(value) {

@@ -31,6 +31,11 @@ export function byId(id) {
   return document.getElementById(id);
 }
 
+/** Return whether a key belongs to an input method. Safari reports its last Enter with the code 229 alone. */
+export function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
 /** Copy a text, and show for a moment on the button that it was copied. */
 export async function copyText(text, from) {
   let shown = "Copied";

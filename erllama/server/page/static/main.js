@@ -3,7 +3,7 @@
 import { getJson, getKey, setKey } from "./api.js";
 import { CacheView } from "./cache.js";
 import * as store from "./conversations.js";
-import { button, byId, element } from "./dom.js";
+import { button, byId, element, isComposing } from "./dom.js";
 import { MessageList, lastMessageId, lastUserMessage } from "./messages.js";
 import { plural } from "./numbers.js";
 import { Replies } from "./replies.js";
@@ -15,13 +15,16 @@ const model = byId("model");
 let conversations = store.loadAll();
 let current = conversations[0] ?? store.newConversation();
 let models = [];
+let shown = ""; // the outline of what the list shows
 let dialogConversation = null;
+const unsaved = new Map(); // why a conversation is not stored, by its id
 
 const list = new MessageList(byId("messages"), byId("scroller"), {
   edit: (old, content) => reply(store.addMessage(current, old.parent, { role: "user", content }).id),
   regenerate: (old) => reply(old.parent),
   retry: (old) => {
-    if (!old.content && !old.thinking && !old.calls?.length) store.removeLeaf(current, old);
+    if (replies.runningMessage(current)) return;
+    if (store.isEmptyReply(old) && !old.thinking) store.removeLeaf(current, old);
     reply(old.parent);
   },
   choose: (sibling, name) => {
@@ -42,25 +45,35 @@ const list = new MessageList(byId("messages"), byId("scroller"), {
 const replies = new Replies({
   onStart: ({ conversation }) => {
     keep(conversation);
+    if (conversation !== current) return;
     say("Waiting for the first token…");
-    if (conversation === current) show({ toEnd: true });
+    show({ toEnd: true });
   },
   onChange: ({ conversation, message: changed }) => {
+    if (conversation !== current) return;
     if (changed.content || changed.calls) say("Writing…");
     else if (changed.thinking) say("Thinking…");
-    if (conversation === current) list.update(changed);
+    list.update(changed);
   },
   onEnd: (ended) => {
-    say(endText(ended));
+    keep(ended.conversation);
     if (ended.needsKey) askForKey();
     if (ended.conversation !== current) return showConversations();
+    say(endText(ended));
     const atEnd = list.isAtEnd();
     show({ toEnd: atEnd });
-    if (ended.message.calls?.length && ended.message.state === "done") byId("result-0")?.focus();
-    else if (document.activeElement === document.body) message.focus();
+    focusAfter(ended);
   },
-  onNotice: notice,
 });
+
+/** Move the focus to what comes after a reply, but not from a person who types or is in a dialog. */
+function focusAfter({ message: { calls, state } }) {
+  const focused = document.activeElement;
+  const isFree = focused === document.body || (focused === message && !message.value);
+  if (!isFree || document.querySelector("dialog[open]")) return;
+  if (calls?.length && state === "done") byId("result-0")?.focus();
+  else message.focus();
+}
 
 function endText({ message: { state, figures } }) {
   if (state === "failed") return "The reply failed.";
@@ -74,13 +87,19 @@ function say(text) {
   if (status.textContent !== text) status.textContent = text;
 }
 
+/** Show a problem until the next one, beside the warning about conversations that are not stored. */
 function notice(text) {
-  byId("notice").textContent = text;
-  byId("notice").hidden = !text;
+  const [unstored = ""] = unsaved.values();
+  const all = [text, unstored].filter(Boolean).join(" ");
+  if (byId("notice").textContent !== all) byId("notice").textContent = all;
+  byId("notice").hidden = !all;
 }
 
 function keep(conversation) {
-  notice(store.save(conversation));
+  const problem = store.save(conversation);
+  if (problem) unsaved.set(conversation.id, problem);
+  else unsaved.delete(conversation.id);
+  notice("");
   if (!conversations.includes(conversation)) {
     conversations = [conversation, ...conversations.filter((each) => each.id !== conversation.id)];
   }
@@ -91,11 +110,19 @@ function keep(conversation) {
 function show({ toEnd = false } = {}) {
   const running = replies.runningMessage(current);
   list.show(current, running);
+  shown = outline(current);
   byId("send").hidden = running !== null;
   byId("stop").hidden = running === null;
   showConversations();
   showModel();
   if (toEnd) list.scrollToEnd();
+}
+
+/** Return a text that is different once the messages that are shown, or their versions, are. */
+function outline(conversation) {
+  const messages = store.shownMessages(conversation);
+  const nVersions = ({ parent }) => store.siblings(conversation, parent).length;
+  return JSON.stringify(messages.map((each) => [each.id, each.state, each.content.length, nVersions(each)]));
 }
 
 function reply(parent) {
@@ -114,7 +141,7 @@ function open(conversation) {
 
 function startConversation() {
   open(store.newConversation(current.settings));
-  if (location.hash === "#cache") location.hash = "#chat";
+  if (isCacheChosen()) location.hash = "#chat";
   message.focus();
 }
 
@@ -172,10 +199,19 @@ function deleteConversation() {
     ask.textContent = "Delete for good";
     return;
   }
-  replies.forget(id);
   store.remove(id);
+  leaveOut(id);
+  // There may be room for others now.
+  for (const each of conversations) if (unsaved.has(each.id)) keep(each);
+}
+
+/** Drop a conversation that was deleted, here or in another tab. */
+function leaveOut(id) {
+  replies.forget(id);
+  unsaved.delete(id);
+  notice("");
   conversations = conversations.filter((each) => each.id !== id);
-  byId("conversation-dialog").close();
+  if (dialogConversation?.id === id) byId("conversation-dialog").close();
   if (current.id === id) open(conversations[0] ?? store.newConversation(current.settings));
   else showConversations();
 }
@@ -189,7 +225,7 @@ function download(chosen, name) {
 
 async function importFile(file) {
   try {
-    if (file.size > store.MAX_IMPORT_BYTES) throw new Error("This file is larger than 64 MiB, more than a browser stores.");
+    if (file.size > store.MAX_IMPORT_BYTES) throw new Error("This file is larger than 64 MiB, the limit of an import.");
     const imported = store.importText(await file.text());
     for (const conversation of imported) keep(conversation);
     if (imported.length) open(imported[0]);
@@ -221,13 +257,13 @@ function showModel() {
   model.hidden = !names.length;
 }
 
-function drawSettings() {
+function drawSettings(options) {
   if (byId("settings").hidden) return;
   const conversation = current;
   const onChange = () => {
     if (conversation.messages.length) keep(conversation);
   };
-  showSettings(byId("settings"), conversation.settings, onChange, () => toggleSettings(false));
+  showSettings(byId("settings"), conversation.settings, onChange, () => toggleSettings(false), options);
 }
 
 function toggleSettings(isOpen) {
@@ -270,8 +306,12 @@ const cacheView = new CacheView(byId("cache"), (error) => {
   if (error.status === 401) askForKey();
 });
 
+function isCacheChosen() {
+  return location.hash === "#cache";
+}
+
 function showView() {
-  const isCache = location.hash === "#cache";
+  const isCache = isCacheChosen();
   byId("chat").hidden = isCache;
   byId("sidebar").hidden = isCache;
   byId("menu").hidden = isCache;
@@ -293,29 +333,37 @@ function showView() {
 const SHORTCUTS = {
   KeyN: startConversation,
   KeyR: () => {
+    if (isCacheChosen()) return;
     const last = store.shownMessages(current).at(-1);
     if (last?.role === "assistant") reply(last.parent);
   },
-  KeyS: () => toggleSettings(byId("settings").hidden),
+  KeyS: () => {
+    if (!isCacheChosen()) toggleSettings(byId("settings").hidden);
+  },
   KeyV: () => {
-    location.hash = location.hash === "#cache" ? "#chat" : "#cache";
+    location.hash = isCacheChosen() ? "#chat" : "#cache";
   },
 };
 
 function onKey(event) {
+  if (isComposing(event) || document.querySelector("dialog[open]")) return;
   const isPlainAlt = event.altKey && !event.ctrlKey && !event.metaKey && !event.shiftKey;
-  if (document.querySelector("dialog[open]")) return;
-  if (isPlainAlt && SHORTCUTS[event.code]) {
+  // On Apple's keyboards, Option and a letter type another letter.
+  const types = /Mac|iP/.test(navigator.platform) && event.target.matches?.("textarea, input");
+  if (isPlainAlt && !types && SHORTCUTS[event.code]) {
     event.preventDefault();
     SHORTCUTS[event.code]();
   } else if (event.key === "Escape") {
-    if (byId("sidebar").classList.contains("open")) toggleSidebar(false);
-    else replies.stop(current);
+    if (byId("sidebar").classList.contains("open")) {
+      toggleSidebar(false);
+      byId("menu").focus();
+    } else replies.stop(current);
   }
 }
 
 function onMessageKey(event) {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  if (isComposing(event)) return;
+  if (event.key === "Enter" && !event.shiftKey) {
     event.preventDefault();
     submit();
   } else if (event.key === "ArrowUp" && message.value === "") {
@@ -328,14 +376,28 @@ function onMessageKey(event) {
 
 function onStorage(event) {
   const id = store.changedConversation(event);
-  if (id === null || replies.liveConversation(id)) return;
-  const changed = store.load(id);
-  conversations = conversations.filter((each) => each.id !== id);
-  if (changed) conversations.push(changed);
-  if (changed && current.id === id && list.editing === null) {
-    current = changed;
-    show();
-  } else showConversations();
+  if (id === null) return;
+  const stored = store.load(id);
+  const wasShown = current;
+  const own = [current, ...conversations].find((each) => each.id === id);
+  if (stored) followStorage(own, stored);
+  else if (event.newValue === null) {
+    leaveOut(id);
+    if (own === wasShown) say("Another tab deleted this conversation.");
+  }
+}
+
+/** Show what another tab stored. `own` is the conversation as this tab has it, if it does: its object stays. */
+function followStorage(own, stored) {
+  if (own) {
+    store.addStored(own, stored);
+    store.takeSettings(own, stored);
+  } else conversations.push(stored);
+  showConversations();
+  if (own !== current) return;
+  showModel();
+  drawSettings({ keepsFocused: true });
+  if (list.editing === null && outline(current) !== shown) show();
 }
 
 function connect() {

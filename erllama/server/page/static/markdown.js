@@ -9,12 +9,13 @@ const MAX_DEPTH = 8;
 // How far the end of an inline mark may be, in characters: a text of opening marks alone must not take quadratic time.
 const MAX_SPAN = 2000;
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
+// No two neighbours in a pattern match the same characters, so a line takes linear time. A line has no line feed.
+const FENCE = /^ {0,3}(`{3,}(?!`)|~{3,}(?!~))([^`]*)$/;
+const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*))?$/s;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:[ \t]+(.*)|$)/;
-const QUOTE = /^ {0,3}> ?(.*)$/;
-const DELIMITERS = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:[ \t]+(.*)|$)/s;
+const QUOTE = /^ {0,3}> ?(.*)$/s;
+const DELIMITERS = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?$/; // without the spaces at its end
 
 /**
  * Show a text in an element, and reuse what it shows already.
@@ -22,7 +23,7 @@ const DELIMITERS = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t
  * While a reply grows, only its last blocks change; the others keep their elements, with what a person selected.
  */
 export function showMarkdown(container, text) {
-  const blocks = parseBlocks(text.split("\n"), 0);
+  const blocks = parseBlocks(text.split(/\r?\n/), 0);
   const shown = container.shownBlocks ?? [];
   let same = 0;
   while (same < blocks.length && same < shown.length && shown[same] === blocks[same].source) same += 1;
@@ -54,17 +55,22 @@ function parseBlock(lines, at, depth) {
   const fence = FENCE.exec(line);
   if (fence) return parseCode(lines, at, fence);
   const heading = HEADING.exec(line);
-  if (heading) return { kind: "heading", level: heading[1].length, text: heading[2], end: at + 1 };
+  if (heading) return { kind: "heading", level: heading[1].length, text: headingText(heading[2] ?? ""), end: at + 1 };
   if (RULE.test(line)) return { kind: "rule", end: at + 1 };
   if (depth < MAX_DEPTH && QUOTE.test(line)) return parseQuote(lines, at, depth);
   if (depth < MAX_DEPTH && ITEM.test(line)) return parseList(lines, at, depth);
-  if (line.includes("|") && at + 1 < lines.length && DELIMITERS.test(lines[at + 1])) {
+  if (line.includes("|") && at + 1 < lines.length && DELIMITERS.test(lines[at + 1].trimEnd())) {
     const table = parseTable(lines, at);
     if (table) return table;
   }
   let end = at + 1;
   while (end < lines.length && !interrupts(lines[end])) end += 1;
   return { kind: "paragraph", text: lines.slice(at, end).join("\n"), end };
+}
+
+/** Return the text of a heading without the marks that may close it. */
+function headingText(text) {
+  return text.trim().replace(/(?:^|[ \t])#+$/, "").trimEnd();
 }
 
 function interrupts(line) {
@@ -172,7 +178,7 @@ function renderCode({ language, text }) {
     { class: "code" },
     element("div", { class: "code-bar" }, element("span", {}, name || "text"), copy),
     // A person without a mouse scrolls it with the arrow keys.
-    element("pre", { tabindex: "0", role: "region", "aria-label": name ? `Code, ${name}` : "Code" }, element("code", {}, text)),
+    element("pre", { tabindex: "0", role: "group", "aria-label": name ? `Code, ${name}` : "Code" }, element("code", {}, text)),
   );
 }
 
@@ -197,7 +203,7 @@ function renderTable({ head, rows }) {
     element("tr", {}, texts.map((text) => element(tag, tag === "th" ? { scope: "col" } : {}, renderInline(text))));
   return element(
     "div",
-    { class: "table", tabindex: "0", role: "region", "aria-label": "Table" },
+    { class: "table", tabindex: "0", role: "group", "aria-label": "Table" },
     element(
       "table",
       {},
@@ -257,8 +263,9 @@ function readCode(text, at) {
   const near = text.slice(begin, begin + MAX_SPAN);
   for (let end = near.indexOf(ticks); end >= 0; end = near.indexOf(ticks, end + 1)) {
     if (near[end + ticks.length] === "`" || (end > 0 && near[end - 1] === "`")) continue;
-    const inner = near.slice(0, end).replace(/^ (.*[^ ].*) $/s, "$1");
-    return { node: element("code", {}, inner), end: begin + end + ticks.length };
+    const inner = near.slice(0, end);
+    const isPadded = inner.startsWith(" ") && inner.endsWith(" ") && inner.trim() !== "";
+    return { node: element("code", {}, isPadded ? inner.slice(1, -1) : inner), end: begin + end + ticks.length };
   }
   return { text: ticks, end: begin };
 }
@@ -283,7 +290,9 @@ function endOfMark(near, mark) {
     if (end === 0 || /\s/.test(near[end - 1]) || near[end - 1] === "\\") continue;
     if (mark.length === 1 && (after === mark || near[end - 1] === mark)) continue;
     if (mark[0] === "_" && /\w/.test(after)) continue;
-    return end;
+    // Three in a row after an open single mark: the first closes that one, as in ***both***.
+    const closesInner = mark.length === 2 && after === mark[0] && near.slice(0, end).split(mark[0]).length % 2 === 0;
+    return closesInner ? end + 1 : end;
   }
   return -1;
 }

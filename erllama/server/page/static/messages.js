@@ -1,7 +1,7 @@
 // Shows the messages of a conversation, and what can be done with each.
 
 import { ROOT, shownMessages, siblings } from "./conversations.js";
-import { button, copyText, element } from "./dom.js";
+import { button, copyText, element, isComposing } from "./dom.js";
 import { showMarkdown } from "./markdown.js";
 import { figuresText, percent, seconds } from "./numbers.js";
 
@@ -107,7 +107,7 @@ export class MessageList {
     const stopped = message.state === "stopped" && "You stopped this reply, or left the page.";
     const cut = message.state === "done" && message.finish === "length" && "The reply reached the limit of its tokens, or of the context.";
     if (message.state !== "failed") return stopped || cut ? element("p", { class: "muted note" }, stopped || cut) : "";
-    const retry = button("Try again", () => this.actions.retry(message), { "data-action": "retry" });
+    const retry = button("Try again", () => this.actions.retry(message), { "data-action": "retry", disabled: this.running !== null });
     return element("div", { class: "failure" }, element("p", {}, message.error ?? "The reply failed."), retry);
   }
 
@@ -202,10 +202,11 @@ export class MessageList {
       ),
     );
     field.addEventListener("keydown", (event) => {
+      if (isComposing(event)) return;
       if (event.key === "Escape") {
         event.stopPropagation();
         leave();
-      } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      } else if (event.key === "Enter" && !event.shiftKey) {
         event.preventDefault();
         form.requestSubmit();
       }
@@ -225,7 +226,7 @@ function callBlock(call) {
     "div",
     { class: "call" },
     element("p", { class: "call-name" }, element("span", { class: "muted" }, "Call of "), element("code", {}, call.name)),
-    element("pre", { tabindex: "0", role: "region", "aria-label": `Arguments of ${call.name}` }, element("code", {}, text)),
+    element("pre", { tabindex: "0", role: "group", "aria-label": `Arguments of ${call.name}` }, element("code", {}, text)),
   );
 }
 

@@ -53,10 +53,10 @@ class Reply {
   }
 }
 
-/** The replies that run, one in each conversation at most. */
+/** The replies that run, one in each conversation at most. The handlers store conversations at the start and the end. */
 export class Replies {
-  constructor({ onStart, onChange, onEnd, onNotice }) {
-    this.handlers = { onStart, onChange, onEnd, onNotice };
+  constructor({ onStart, onChange, onEnd }) {
+    this.handlers = { onStart, onChange, onEnd };
     this.running = new Map();
   }
 
@@ -84,7 +84,7 @@ export class Replies {
 
   /** Store what has arrived, before the page goes. */
   saveAll() {
-    for (const reply of this.running.values()) save(reply.conversation);
+    for (const reply of this.running.values()) if (!reply.isForgotten) save(reply.conversation);
   }
 
   /** Add a reply below a message, and return once it has ended. */
@@ -110,10 +110,7 @@ export class Replies {
       reply.message.figures = reply.figures();
       conversation.updated = Date.now();
       this.running.delete(conversation.id);
-      if (!reply.isForgotten) {
-        this.handlers.onNotice(save(conversation));
-        this.handlers.onEnd(reply);
-      }
+      if (!reply.isForgotten) this.handlers.onEnd(reply);
     }
   }
 }

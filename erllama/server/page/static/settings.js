@@ -18,8 +18,12 @@ const THINKING = [
 ];
 const EXAMPLE_TOOL = '[{"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}}]';
 
-/** Show the fields for some settings. `onChange` is called with the new settings after each change. */
-export function showSettings(panel, settings, onChange, onClose) {
+/**
+ * Show the fields for some settings. `onChange` is called with the new settings after each change.
+ *
+ * With `keepsFocused`, the field in which a person types stays as it is; it must be one of the same settings.
+ */
+export function showSettings(panel, settings, onChange, onClose, { keepsFocused = false } = {}) {
   const change = (name, value) => {
     if (value === "" || value === null) delete settings[name];
     else settings[name] = value;
@@ -27,14 +31,18 @@ export function showSettings(panel, settings, onChange, onClose) {
   };
   const heading = element("h2", {}, "Settings");
   const close = button("Close", onClose, { class: "quiet" });
-  panel.replaceChildren(
+  const shown = [...panel.children];
+  const nodes = [
     element("div", { class: "settings-head" }, heading, close),
     element("p", { class: "muted" }, "They apply to this conversation, from the next reply on. Empty fields are the server's defaults."),
     textField("system", "System prompt", 5, settings, change),
     element("div", { class: "numbers" }, NUMBERS.map((field) => numberField(field, settings, change))),
     thinkingField(settings, change),
     toolsField(settings, change),
-  );
+  ];
+  if (keepsFocused && panel.contains(document.activeElement)) {
+    shown.forEach((node, index) => node.contains(document.activeElement) || node.replaceWith(nodes[index]));
+  } else panel.replaceChildren(...nodes);
 }
 
 function textField(name, label, rows, settings, change) {
