@@ -21,6 +21,8 @@ from support.doc_pages import NAMES, blocks, prose
 from support.paths import ROOT
 
 BIN = Path(sys.executable).parent
+# Variables of the make and the pytest that run this test.
+_NOT_PASSED_ON = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTEST_ADDOPTS")
 PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
 # Files of the checkout that a reader's commands see, unchanged.
 BESIDE = ("examples", "benchmarks", "scripts", "tests", "docs", "pyproject.toml")
@@ -64,7 +66,7 @@ def stable_output(text: str) -> str:
 
 def run(text: str, cwd: Path) -> str:
     # As in a separate shell: a `make` that runs the suite sets variables for its children.
-    around = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    around = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
     if cwd != ROOT:
         around["ERLLAMA_CACHE_DIR"] = str(cwd / "prompts-of-the-command")
     finished = subprocess.run(

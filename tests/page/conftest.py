@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the page: one browser for all of them, and a server with a scripted model."""
+"""Fixtures of the tests of the page: a browser for each module, and a server with a scripted model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 
-@pytest.fixture(scope="session")
+# Not for the session: while Playwright runs, its event loop runs in the main thread, and tests of other modules
+# could not start one.
+@pytest.fixture(scope="module")
 def chrome() -> Iterator[Browser]:
     """A browser without a window. Tests that use it skip if there is none."""
     with browser() as running_browser:

@@ -442,7 +442,7 @@ def test_a_model_with_other_options_is_loaded_again_once_it_is_idle() -> None:
     stubs.run(test)
 
 
-def test_a_model_that_is_changed_twice_while_in_use_is_loaded_once_at_a_time() -> None:
+def test_a_model_changed_twice_while_in_use_is_loaded_once_at_a_time() -> None:
     stubs = StubPool("a")
 
     async def test() -> None:

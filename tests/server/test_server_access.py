@@ -99,7 +99,7 @@ def test_a_key_uses_its_models_alone(model: erllama.Model) -> None:
             assert httpx.get(f"{server.url}/metrics", headers={"x-api-key": "one"}).status_code == 403
 
 
-def test_a_name_for_all_others_does_not_show_a_model_that_a_key_may_not_use(model: erllama.Model) -> None:
+def test_a_name_for_all_others_shows_no_model_that_a_key_may_not_use(model: erllama.Model) -> None:
     with Cache() as cache, erllama.load_backend(GatedBackend(), id="second", cache=cache) as second:
         keys = (ApiKey(secret="one", models=("second",)), ApiKey(secret="none", models=()))
         with running([ServedModel(model, aliases=("*",)), second], keys=keys) as server:

@@ -273,7 +273,7 @@ def test_a_smaller_quota_ends_the_protection_of_the_youngest_pins(tmp_path: Path
     assert bytes_in(tmp_path) <= 6000
 
 
-def test_a_pin_beyond_a_smaller_quota_is_in_effect_while_an_older_one_is_lost(tmp_path: Path) -> None:
+def test_a_pin_beyond_a_smaller_quota_counts_while_an_older_one_is_lost(tmp_path: Path) -> None:
     with disk_cache(tmp_path) as cache:
         save_and_pin(cache, ids(0), "old")
         save_and_pin(cache, ids(500), "young")
