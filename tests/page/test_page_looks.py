@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +18,10 @@ from support.page_model import long_text, page_model
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("ERLLAMA_BROWSER_TESTS") != "1", reason="takes two minutes; `make test-page` runs it"
+)
 
 Theme = Literal["light", "dark"]
 THEMES: tuple[Theme, ...] = ("light", "dark")
