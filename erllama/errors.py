@@ -124,7 +124,7 @@ class MemoryLimitExceeded(Error):  # noqa: N818
         is_busy: whether it fits once other models are idle.
     """
 
-    def __init__(self, message: str, n_bytes: int, limit: int, is_busy: bool) -> None:
+    def __init__(self, message: str, n_bytes: int = 0, limit: int = 0, is_busy: bool = False) -> None:
         super().__init__(message)
         self.n_bytes, self.limit, self.is_busy = n_bytes, limit, is_busy
 

@@ -233,7 +233,7 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _print_address(url: str, settings: Settings) -> None:
+def _announce(url: str, settings: Settings) -> None:
     """Print the address and a request to try."""
     names = [entry.id for entry in settings.models]
     body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello"}]})
@@ -242,6 +242,14 @@ def _print_address(url: str, settings: Settings) -> None:
     echo(f"erllama serves {', '.join(names)} on {url}. Ctrl-C stops it. {try_it}")
     echo(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {_quoted(body)}")
     sys.stdout.flush()
+
+
+def _print_address(url: str, settings: Settings) -> None:
+    """Print the address, if somebody reads it: the server goes on without its terminal or pipe."""
+    try:
+        _announce(url, settings)
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end, which flushes it
 
 
 def _quoted(text: str) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 
 from support.cli import Command, write_replying_model
 from support.http_server import CHAT, chat_body, read_until, request_bytes, serve_command
+from support.threads import wait_until
 
 FAST = ("--threads", 1, "--n-ctx", 1024)
 
@@ -188,3 +192,25 @@ def test_mistakes_are_reported_before_a_model_is_loaded(command: Command, tmp_pa
     config = tmp_path / "erllama.toml"
     config.write_text("[server]\nprot = 1\n")
     assert "line 2: [server] has no option 'prot'; did you mean 'port'?" in command("serve", "--config", config).err
+
+
+def test_a_server_goes_on_when_its_output_is_closed(tmp_path: Path, path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    around = {**os.environ, "ERLLAMA_CACHE_DIR": str(tmp_path / "kv"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "erllama", "serve", str(path), "--port", str(port), "--in-process"]
+    with subprocess.Popen([*command, *map(str, FAST)], stdout=writer, env=around) as server:
+        os.close(writer)
+
+        def answers() -> bool:
+            assert server.poll() is None
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
+            except httpx.ConnectError:
+                return False
+
+        wait_until(answers, 120)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(120) == 0
