@@ -442,7 +442,7 @@ class Cache:
 
     @uninterrupted
     def unpin(self, name: str) -> bool:
-        """Remove a pin: its blocks may be evicted again. Return False if there is none of this name.
+        """Remove a pin, so that its blocks may be evicted. Return False if no pin has this name.
 
         Raises:
             CacheError, OSError, sqlite3.Error: the directory cannot be written.

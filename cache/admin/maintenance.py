@@ -200,7 +200,7 @@ class CacheFiles:
         return BlockTotals(len(sizes), sum(sizes))
 
     def unpin(self, name: str) -> bool:
-        """Remove a pin: its blocks may be removed again. Return False if there is none of this name."""
+        """Remove a pin, so that its blocks may be removed. Return False if no pin has this name."""
         self._require_writable()
         return self._tier.remove_pin(name)
 

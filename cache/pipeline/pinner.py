@@ -218,7 +218,7 @@ class Pinner:
     # --- unpinning and listing ---------------------------------------------------------------------
 
     def unpin(self, name: str) -> bool:
-        """Remove a pin; False if there is none of this name."""
+        """Remove a pin. Return False if no pin has this name."""
         found = False
         for root in self._tiers.file_tiers(writable=True):
             with self._tiers.locked(), root.exclusive():

@@ -346,7 +346,7 @@ class FileTier(Tier):
             index.pins.put(pin)
 
     def remove_pin(self, name: str) -> bool:
-        """Remove a pin. Return False if there is none of this name."""
+        """Remove a pin. Return False if no pin has this name."""
         with self._using() as index, index.transaction():
             return index.pins.remove(name)
 

@@ -75,7 +75,7 @@ class PinTable:
         )
 
     def remove(self, name: str) -> bool:
-        """Remove a pin. Return False if there is none of this name."""
+        """Remove a pin. Return False if no pin has this name."""
         return self._connection.execute("DELETE FROM pins WHERE name = ?", [name]).rowcount > 0
 
     def remove_expired(self, now: float) -> None:

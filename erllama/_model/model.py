@@ -380,7 +380,7 @@ class Model:
         return await self._pins.run_async(prompt, options, self)
 
     def unpin(self, name: str) -> bool:
-        """Remove a pin from the model's cache; return False if there is none of this name. See `Cache.unpin`."""
+        """Remove a pin from the model's cache. Return False if no pin has this name. See `Cache.unpin`."""
         return self.cache.unpin(name)
 
     # --- scores and infilling ----------------------------------------------------------

@@ -53,7 +53,7 @@ class CallRecord:
         prompt: the messages or the prompt, if the option `log_prompts` is set.
         load_seconds: how long it waited until its model was loaded.
         ending: adds the counts of replies that the client abandoned; None if the client read all of them.
-        held: the model that is kept loaded until the response has ended; None if there is none.
+        held: the model that stays loaded until the response has ended; None before a model is used.
         release: ends that hold.
     """
 

@@ -18,7 +18,7 @@ class Mistake(NamedTuple):
         message: names the value, the limit and the remedy.
         file: the file that has it; None for an option of the command.
         line: of the file, from 1; None if no line is to blame.
-        section: of the file, such as "models"; "" if none is to blame.
+        section: of the file, such as "models"; "" if no section is to blame.
     """
 
     message: str

@@ -104,7 +104,7 @@ class PinEntry:
         )
 
     def check_names(self, names: Collection[str]) -> None:
-        """Raise OptionError if the model is none of the server's, whose names and aliases are `names`."""
+        """Raise OptionError if the server has no model of this name. `names` has its names and aliases."""
         if self.model not in names:
             raise OptionError(f"a pin names the model {self.model!r}; the server has {', '.join(names)}")
 

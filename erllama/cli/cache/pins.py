@@ -120,7 +120,7 @@ def list_pins(directories: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("name")
 @directories_option
 def unpin_command(name: str, directories: tuple[Path, ...]) -> int:
-    """Remove the pin NAME. Its blocks stay stored until they are evicted. Exit status 1 if there is none."""
+    """Remove the pin NAME. Its blocks stay stored until they are evicted. The exit status is 1 if no pin has this name."""
     with open_directories(directories) as opened:
         found = [files.unpin(name) for files in opened if not files.read_only]
     if not any(found):
