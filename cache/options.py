@@ -75,7 +75,7 @@ def check_options(options: Mapping[str, object]) -> list[Root]:
 
 
 def checked_block_size(value: object) -> int:
-    """Return a block size in tokens. Raise OptionError if the value is not a valid block size."""
+    """Return a block size in tokens. Raise OptionError if it is not valid."""
     size = integer("block_size", value, 16, 4096)
     if size & (size - 1):
         raise OptionError(f"block_size={size}; it must be a power of two from 16 to 4096")

@@ -52,6 +52,18 @@ class Pin:
         """Whether the whole prefix is stored and protected."""
         return self.n_stored == self.n_tokens
 
+    def as_plain(self) -> dict[str, str | int | float | None]:
+        """Return the attributes as numbers and texts, by the names that commands and servers print."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "tokens": self.n_tokens,
+            "stored_tokens": self.n_stored,
+            "bytes": self.n_bytes,
+            "created": self.created,
+            "expires": self.expires,
+        }
+
 
 class PinnedBlock(NamedTuple):
     """The key of a block that a pin protects, and the position after its last token."""

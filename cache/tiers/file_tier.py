@@ -15,6 +15,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
@@ -30,6 +31,8 @@ from erllama.cache.tiers.sqlite_index import FileStamp, Index
 from erllama.cache.tiers.tier import Changes, Problem, SimulatedCrash, Tier, TierRow
 from erllama.cache.tiers.watch import DirectoryWatch
 from erllama.errors import CacheError, CacheFormatError
+
+T = TypeVar("T")
 
 log = logger("erllama.cache")
 
@@ -110,6 +113,21 @@ class FileTier(Tier):
         """Close as the system does when it kills a process: half-done writes stay half-done."""
         self._stop_watch()
         self._open_directory.abandon()
+
+    def _read_at_once(self, read: Callable[[Index], T | None]) -> T | None:
+        """Return what an index has; None if it is not open. For requests, which must not wait.
+
+        Other calls check whether the directory was replaced.
+        """
+        index = self._open_directory.unchecked_index
+        if index is None:
+            return None
+        try:
+            return read(index)
+        except sqlite3.Error as error:
+            if may_show_damage(error):
+                self._open_directory.note_damage(error)
+            raise
 
     def _using(self) -> contextlib.AbstractContextManager[Index]:
         return self._open_directory.using()
@@ -305,16 +323,7 @@ class FileTier(Tier):
         return bool(self.sharers())
 
     def changes(self) -> Changes | None:
-        # Requests call this: other calls check whether the directory was replaced.
-        index = self._open_directory.unchecked_index
-        if index is None:
-            return None
-        try:
-            return index.changes()
-        except sqlite3.Error as error:
-            if may_show_damage(error):
-                self._open_directory.note_damage(error)
-            raise
+        return self._read_at_once(Index.changes)
 
     # --- pins ------------------------------------------------------------------------------
 
@@ -328,16 +337,7 @@ class FileTier(Tier):
 
         Within `exclusive`, the result is up to date.
         """
-        # Requests call this: other calls check whether the directory was replaced.
-        index = self._open_directory.unchecked_index
-        if index is None:
-            return None
-        try:
-            return index.changed_pins()
-        except sqlite3.Error as error:
-            if may_show_damage(error):
-                self._open_directory.note_damage(error)
-            raise
+        return self._read_at_once(Index.changed_pins)
 
     def put_pin(self, pin: PinRecord) -> None:
         """Store a pin. Replaces one of the same name. Removes expired pins."""

@@ -63,7 +63,7 @@ def pin_command(
     with named.open_model(existing_path(model)) as loaded:
         pin = loaded.pin(content, **options)  # type: ignore[arg-type]
     if as_json:
-        print_json(_pin_json(pin))
+        print_json(pin.as_plain())
     else:
         tokens = format_count(pin.n_tokens, "token")
         echo(f"pinned {one_line(pin.name)}: {tokens}, {format_size(pin.n_bytes)}, expires {_expiry(pin)}")
@@ -93,7 +93,7 @@ def list_pins(directories: tuple[Path, ...], as_json: bool) -> None:
     with open_directories(directories) as opened:
         found = [(files, pin) for files in opened for pin in files.pins()]
     if as_json:
-        print_json([_pin_json(pin) | {"directory": str(files.root)} for files, pin in found])
+        print_json([pin.as_plain() | {"directory": str(files.root)} for files, pin in found])
         return
     print_table(
         [
@@ -120,7 +120,7 @@ def list_pins(directories: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("name")
 @directories_option
 def unpin_command(name: str, directories: tuple[Path, ...]) -> int:
-    """Remove the pin NAME. Its blocks stay stored until they are evicted. The exit status is 1 if no pin has this name."""
+    """Remove the pin NAME. Its blocks stay until they are evicted. Exit status 1 if no pin has this name."""
     with open_directories(directories) as opened:
         found = [files.unpin(name) for files in opened if not files.read_only]
     if not any(found):
@@ -138,15 +138,3 @@ def _expiry(pin: erllama.Pin) -> str:
         if left >= 2 * n_seconds:
             return f"in {left / n_seconds:.0f} {unit}"
     return f"in {left:.0f} s"
-
-
-def _pin_json(pin: erllama.Pin) -> dict[str, object]:
-    return {
-        "name": pin.name,
-        "model": pin.model,
-        "tokens": pin.n_tokens,
-        "stored_tokens": pin.n_stored,
-        "bytes": pin.n_bytes,
-        "created": pin.created,
-        "expires": pin.expires,
-    }

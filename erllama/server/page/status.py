@@ -86,20 +86,7 @@ def _models_of_pins(key: ApiKey | None, names: Collection[str]) -> Collection[st
 
 def _pins(caches: Iterable[Cache], models: Collection[str] | None) -> list[Json]:
     """Return the pins of some models; None for all."""
-    return [
-        {
-            "name": pin.name,
-            "model": pin.model,
-            "tokens": pin.n_tokens,
-            "stored_tokens": pin.n_stored,
-            "bytes": pin.n_bytes,
-            "created": pin.created,
-            "expires": pin.expires,
-        }
-        for cache in caches
-        for pin in cache.pins()
-        if models is None or pin.model in models
-    ]
+    return [pin.as_plain() for cache in caches for pin in cache.pins() if models is None or pin.model in models]
 
 
 def _hits(history: HitHistory, models: Collection[str]) -> Json:
