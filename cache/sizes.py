@@ -1,4 +1,4 @@
-"""Parses sizes such as "2GiB" into bytes. For options of the cache and of commands."""
+"""Sizes as texts such as "2GiB": parsed for options, and formatted for people."""
 
 from __future__ import annotations
 
@@ -41,3 +41,12 @@ def parse_bytes(name: str, value: object) -> int:
     if n_bytes > _MAX_BYTES:
         raise OptionError(f"{name}={value!r} is more than any storage has")
     return int(n_bytes)
+
+
+def format_size(n_bytes: float) -> str:
+    """Return a number of bytes with its unit: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"

@@ -16,7 +16,8 @@ from types import ModuleType
 from erllama.errors import MissingPackage, ModelUnloaded, OptionError
 
 _LONGEST_SHOWN = 60
-_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_SECONDS = {"ms": 0.001, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_DURATION = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_SECONDS)})\s*")
 # Stricter than difflib's default of 0.6, which suggests "top_p" for a misspelt "stop".
 _SIMILARITY = 0.7
 
@@ -90,16 +91,15 @@ def real(name: str, value: object, minimum: float | None = None, maximum: float 
 
 
 def seconds(name: str, value: object) -> float:
-    """Return a duration in seconds: a number of seconds, or a text such as "90s", "30min", "1h" or "7d".
+    """Return a duration in seconds: a number of seconds, or a text such as "90s", "30min", "1h30m" or "7d".
 
     Raises:
         OptionError: it is not a duration of at most a hundred years.
     """
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", value)
-        if not found or found[2] not in _SECONDS:
-            raise OptionError(f"{name}={shown(value)}; pass seconds, or a text such as 90s, 30min, 12h or 7d")
-        value = float(found[1]) * _SECONDS[found[2]]
+        if not re.fullmatch(rf"\s*(?:{_DURATION.pattern})+", value):
+            raise OptionError(f"{name}={shown(value)}; pass seconds, or a text such as 90s, 30min, 1h30m or 7d")
+        value = sum(float(number) * _SECONDS[unit] for number, unit in _DURATION.findall(value))
     return real(name, value, 0, 100 * 366 * _SECONDS["d"])
 
 

@@ -104,15 +104,6 @@ def write_dim_escape(on: bool) -> None:
     sys.stdout.write(_DIM if on else _PLAIN)
 
 
-def format_size(n_bytes: float) -> str:
-    """Return a number of bytes with its unit: "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(n_bytes) < 1024:
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} TiB"
-
-
 def format_count(n: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun: "1 block", "1,234 blocks"."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"

@@ -9,7 +9,8 @@ import click
 
 import erllama
 from erllama._runtime.printing import echo
-from erllama.cli.console import format_size, print_fields, print_json, progress_bar
+from erllama.cache.sizes import format_size
+from erllama.cli.console import print_fields, print_json, progress_bar
 from erllama.cli.loading import existing_path
 from erllama.cli.options import DIRECTORY, model_argument, model_or_demo
 from erllama.engine.backends.fingerprint import Fingerprint

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from erllama.cli.console import format_size, print_json, print_table
+from erllama.cache.sizes import format_size
+from erllama.cli.console import print_json, print_table
 from erllama.cli.running_server import RunningServer, server_options
 
 _COLUMNS = (

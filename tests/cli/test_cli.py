@@ -15,7 +15,7 @@ import pytest
 
 import erllama
 from erllama import llama_ffi
-from erllama.cli.console import format_size
+from erllama.cache.sizes import format_size
 from erllama.llama_ffi import library
 from support.cli import Command, write_replying_model
 from support.pseudo_terminal import PseudoTerminal

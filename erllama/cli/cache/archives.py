@@ -11,8 +11,9 @@ import click
 from erllama._runtime.printing import echo, one_line
 from erllama.cache.admin.archive import export_blocks, import_blocks
 from erllama.cache.admin.maintenance import CacheFiles
+from erllama.cache.sizes import format_size
 from erllama.cli.cache.directories import directories_option, json_option, matching_namespaces, single_directory
-from erllama.cli.console import format_count, format_size, print_json, print_note, progress_bar
+from erllama.cli.console import format_count, print_json, print_note, progress_bar
 from erllama.cli.files import new_file
 
 

@@ -9,11 +9,12 @@ import click
 
 from erllama._runtime.printing import echo
 from erllama.cache.admin.maintenance import CacheFiles, ContextSummary, NamespaceSummary
+from erllama.cache.sizes import format_size
 from erllama.cli.cache.archives import export_command, import_command
 from erllama.cli.cache.directories import directories_option, json_option, open_directories
 from erllama.cli.cache.maintenance import evict, gc, verify
 from erllama.cli.cache.pins import list_pins, pin_command, unpin_command
-from erllama.cli.console import format_age, format_count, format_size, print_fields, print_json, print_table
+from erllama.cli.console import format_age, format_count, print_fields, print_json, print_table
 
 
 @click.group()

@@ -9,8 +9,9 @@ import click
 
 from erllama._runtime.printing import echo, one_line
 from erllama.cache.admin.maintenance import BlockTotals
+from erllama.cache.sizes import format_size
 from erllama.cli.cache.directories import directories_option, json_option, matching_namespaces, open_directories
-from erllama.cli.console import format_count, format_size, print_json, progress_bar
+from erllama.cli.console import format_count, print_json, progress_bar
 from erllama.cli.options import parse_age, parse_size
 
 

@@ -11,8 +11,9 @@ import click
 
 import erllama
 from erllama._runtime.printing import echo, one_line
+from erllama.cache.sizes import format_size
 from erllama.cli.cache.directories import directories_option, json_option, open_directories
-from erllama.cli.console import format_count, format_size, print_json, print_table
+from erllama.cli.console import format_count, print_json, print_table
 from erllama.cli.loading import ModelOptions, existing_path
 from erllama.cli.options import FILE, model_and_cache_options, parse_age, read_text
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import erllama
 from erllama._runtime.processes import erllama_command
-from erllama.cli.console import format_size
+from erllama.cache.sizes import format_size
 from erllama.cli.doctor.findings import Finding
 
 # Optional packages: the extra that installs each, and the feature that needs it.

@@ -13,8 +13,9 @@ import psutil
 
 import erllama
 from erllama._runtime.printing import echo, one_line
+from erllama.cache.sizes import format_size
 from erllama.cli.cache.directories import directories_option, json_option
-from erllama.cli.console import format_count, format_size, is_terminal, print_json, rich_console
+from erllama.cli.console import format_count, is_terminal, print_json, rich_console
 from erllama.cli.doctor import build
 from erllama.cli.doctor.directories import check_directories
 from erllama.cli.doctor.findings import Finding

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import erllama
 from erllama.cache.admin.maintenance import CacheFiles
+from erllama.cache.sizes import format_size
 from erllama.cache.tiers.directory import INDEX_NAME, file_system, is_cache
 from erllama.cache.tiers.index_schema import SCHEMA_VERSION
 from erllama.cli.cache.directories import MEMORY_FILE_SYSTEMS, default_directories
-from erllama.cli.console import format_count, format_size
+from erllama.cli.console import format_count
 from erllama.cli.doctor.findings import Finding
 
 _MIN_FREE_BYTES = 2 << 30  # a few long contexts of a medium-sized model

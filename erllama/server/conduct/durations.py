@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 import re
 
-from erllama.checks import shown
+from erllama.checks import seconds, shown
 from erllama.errors import OptionError
 
 FOREVER = math.inf
-
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 
 
 def parse_duration(name: str, value: object) -> float:
@@ -24,14 +21,17 @@ def parse_duration(name: str, value: object) -> float:
     Raises:
         OptionError: it is neither.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
-        return FOREVER if value < 0 else float(value)
+    given, is_negative = value, isinstance(value, int | float) and value < 0
     if isinstance(value, str):
         text = value.strip()
-        if text == "forever" or re.fullmatch(rf"-(?:\d+(?:\.\d+)?|(?:{_PART.pattern})+)", text):
-            return FOREVER
-        if re.fullmatch(r"\d+(?:\.\d+)?", text):
-            return float(text)
-        if re.fullmatch(rf"(?:{_PART.pattern})+", text):
-            return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
-    raise OptionError(f'{name}={shown(value)}; use seconds, or a text such as "5m", "1h30m" or "forever"')
+        is_negative, text = text.startswith("-"), text.removeprefix("-")
+        given = float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else text
+    if given in ("forever", math.inf) or (is_negative and not isinstance(given, str)):
+        return FOREVER
+    try:
+        found = seconds(name, given)
+    except OptionError:
+        raise OptionError(
+            f'{name}={shown(value)}; use seconds, or a text such as "5m", "1h30m" or "forever"'
+        ) from None
+    return FOREVER if is_negative else found

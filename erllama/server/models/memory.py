@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from erllama._model.info import devices
 from erllama.cache.pressure.memory import MemoryUsage, open_sources, readings
+from erllama.cache.sizes import format_size
 from erllama.engine.backends.memory_estimate import MemoryEstimate, estimate_memory
 from erllama.errors import Error, MemoryLimitExceeded
 from erllama.server.models.entry import ModelEntry
@@ -53,17 +54,13 @@ def not_enough_memory(
         is_busy: whether it fits once these models are idle.
     """
     message = (
-        f"the model {name!r} needs about {_size(needed.total)} (weights {_size(needed.weights)}, context of "
-        f"{needed.n_ctx} tokens {_size(needed.kv + needed.state)}, computing {_size(needed.compute)}), and the "
-        f"memory limit is {_size(limit)}"
+        f"the model {name!r} needs about {format_size(needed.total)} (weights "
+        f"{format_size(needed.weights)}, context of {needed.n_ctx} tokens {format_size(needed.kv + needed.state)}, "
+        f"computing {format_size(needed.compute)}), and the memory limit is {format_size(limit)}"
     )
     if users:
         # Their names are for the log alone: a client may not know of models that its key must not use.
-        log.warning("memory of loaded models: %s", ", ".join(f"{name!r} {_size(n)}" for name, n in users))
-        message += f", of which other models use {_size(sum(n for _, n in users))}"
+        log.warning("memory of loaded models: %s", ", ".join(f"{name!r} {format_size(n)}" for name, n in users))
+        message += f", of which other models use {format_size(sum(n for _, n in users))}"
     remedy = "try again once these are idle" if is_busy else "use a smaller n_ctx, or a higher memory_limit"
     return MemoryLimitExceeded(f"{message}; {remedy}", needed.total, limit, is_busy)
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
