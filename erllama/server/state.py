@@ -62,13 +62,13 @@ class Server:
     def _read_models(self) -> Iterable[ModelReading]:
         lifecycle = self.models.lifecycle
         for model in self.models.models:
-            served, name = model.served, model.name
+            name = model.name
             yield ModelReading(
                 name,
-                served is not None,
-                served.model.queue_depth if served is not None else 0,
-                len(model.waiters) + (served.model.pending if served is not None else 0),
-                served.model.info.n_seq_max if served is not None else 0,
+                model.served is not None,
+                model.n_slots_in_use,
+                model.n_waiting,
+                model.n_slots,
                 model.memory,
                 lifecycle.loads[name],
                 lifecycle.load_failures[name],

@@ -104,6 +104,19 @@ def test_replies_of_two_tabs_in_one_conversation_are_both_stored(visit: Visit) -
         assert "word word" in each.replies()[0]
 
 
+def test_what_a_tab_overwrote_unseen_is_stored_again_by_the_other(visit: Visit) -> None:
+    visit.ask("one")
+    before = visit.page.evaluate("() => Object.entries(localStorage)")
+    other = second_tab(visit)
+    other.ask("two")
+    # Browsers do not order the changes of two tabs: this one writes what it read before the other's.
+    visit.page.evaluate("(entries) => entries.forEach(([key, value]) => localStorage.setItem(key, value))", before)
+    visit.page.wait_for_function("() => Object.values(localStorage).some((each) => each.includes('You said two.'))")
+    visit.page.reload()
+    visit.page.get_by_text("You said two.").wait_for()
+    assert messages(visit) == ["one", "two"]
+
+
 def test_an_edit_keeps_what_another_tab_added_meanwhile(visit: Visit) -> None:
     visit.ask("one")
     other = second_tab(visit)

@@ -105,6 +105,21 @@ class ConfiguredModel:
         return None if self.expires is None else max(self.expires - time.monotonic(), 0.0)
 
     @property
+    def n_slots(self) -> int:
+        """How many requests the model runs at once; 0 while it is not loaded."""
+        return self.served.model.info.n_seq_max if self.served is not None else 0
+
+    @property
+    def n_slots_in_use(self) -> int:
+        """How many requests the model runs now."""
+        return self.served.model.queue_depth if self.served is not None else 0
+
+    @property
+    def n_waiting(self) -> int:
+        """How many requests wait for the model, or in its queue."""
+        return len(self.waiters) + (self.served.model.pending if self.served is not None else 0)
+
+    @property
     def memory(self) -> int:
         """Bytes that the model takes: those that its backend reports, or the estimate."""
         if self.served is None:

@@ -119,8 +119,8 @@ def _model(model: ConfiguredModel, info: ModelInfo) -> Json:
         "n_ctx": info.n_ctx,
         "slots": {
             "total": info.n_seq_max,
-            "running": info.queue_depth,
-            "waiting": len(model.waiters) + info.pending,
+            "running": model.n_slots_in_use,
+            "waiting": model.n_waiting,
         },
         "expires_in": model.expires_in,
         "restarts": 0 if served is None else served.model.restarts,

@@ -12,14 +12,13 @@ def model_status(server: Server, model: ConfiguredModel) -> Json:
 
     `value` is "unloaded", "loading", "loaded" or "unloading". After a failed load, there are `failed` and `error`.
     """
-    served = model.served
     n_prompt, n_cached = server.metrics.prompt_tokens(model.name)
     status: Json = {
         "value": model.state,
         "memory_bytes": model.memory,
-        "slots": served.model.info.n_seq_max if served is not None else 0,
-        "slots_in_use": served.model.queue_depth if served is not None else 0,
-        "waiting": len(model.waiters) + (served.model.pending if served is not None else 0),
+        "slots": model.n_slots,
+        "slots_in_use": model.n_slots_in_use,
+        "waiting": model.n_waiting,
         "in_use": model.n_running > 0,
         "expires_in": model.expires_in,
         "prompt_tokens": n_prompt,

@@ -161,6 +161,21 @@ export function addStored(conversation, stored) {
   Object.assign(conversation, { messages, chosen, updated, removed: [...removed] });
 }
 
+/**
+ * Return whether what is stored lacks messages, or ends of replies, that this tab has.
+ *
+ * Two tabs that write at the same moment do not see each other's change, so the later one loses the earlier one's. A
+ * reply that still runs does not count: it is stored at its end.
+ */
+export function hasUnstored(conversation, stored, running) {
+  const known = new Map(stored.messages.map((message) => [message.id, message]));
+  return conversation.messages.some((message) => {
+    if (message === running) return false;
+    const theirs = known.get(message.id);
+    return !theirs || isLater(message, theirs);
+  });
+}
+
 /** Return whether a state of a reply is later than another: the end of the reply, or more of it. */
 function isLater(one, other) {
   const [isEnd, wasEnd] = [one, other].map(({ state, figures }) => state !== "stopped" || figures !== undefined);

@@ -392,6 +392,7 @@ function followStorage(own, stored) {
   if (own) {
     store.addStored(own, stored);
     store.takeSettings(own, stored);
+    if (store.hasUnstored(own, stored, replies.runningMessage(own))) keep(own);
   } else conversations.push(stored);
   showConversations();
   if (own !== current) return;
