@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         ChatError,
         DeadlineExceeded,
         Error,
+        EventsError,
         GrammarError,
         IntegrityError,
         LibraryNotBuilt,
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
         Unsupported,
         VocabularyOnly,
     )
+    from erllama.events.options import KvEvents
 
 __version__ = "0.1.0"
 
@@ -145,6 +147,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "ToolCallDelta",
         "ToolCallEnd",
     ),
+    "erllama.events.options": ("KvEvents",),
     "erllama.errors": (
         "AdapterLoadError",
         "AdapterUnloaded",
@@ -158,6 +161,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "ChatError",
         "DeadlineExceeded",
         "Error",
+        "EventsError",
         "GrammarError",
         "IntegrityError",
         "LibraryNotBuilt",
@@ -219,9 +223,11 @@ __all__ = [
     "EngineMetrics",
     "Error",
     "Event",
+    "EventsError",
     "Grammar",
     "GrammarError",
     "IntegrityError",
+    "KvEvents",
     "LibraryNotBuilt",
     "LoadCancelled",
     "MemoryLimitExceeded",
