@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Never
@@ -497,18 +497,18 @@ class Cache:
     # --- changes of blocks --------------------------------------------------------------------
 
     @uninterrupted
-    def open_block_log(self, namespaces: Collection[bytes], *, limit: int, wake: Callable[[], None]) -> BlockLog:
+    def open_block_log(self, namespace: bytes, *, limit: int, wake: Callable[[], None]) -> BlockLog:
         """Record the changes of full blocks in all tiers, for one reader. A publisher of KV events calls it.
 
         Saves and evictions never wait for the reader: a log that is full forgets its changes, and the next read
         returns the whole content.
 
         Args:
-            namespaces: root keys of the blocks to record, from `namespace_key`.
+            namespace: root key of the blocks to record, from `namespace_key`.
             limit: maximum number of changes that wait for the reader.
             wake: called, in any thread and under the cache's lock, when there are changes to read. Must not wait.
         """
-        log = BlockLog(namespaces, self.block_size, limit, wake)
+        log = BlockLog(namespace, self.block_size, limit, wake)
         with self._lock:
             self._block_logs = (*self._block_logs, log)
             self._catalog.add_log(log)
@@ -525,10 +525,10 @@ class Cache:
             return self._catalog.read_log(log)
 
     @uninterrupted
-    def add_to_block_log(self, log: BlockLog, namespaces: Collection[bytes]) -> None:
-        """Record the blocks of further namespaces, too. The next read returns the whole content."""
+    def turn_block_log(self, log: BlockLog, namespace: bytes) -> None:
+        """Record the blocks of another namespace. The next read returns the whole content."""
         with self._lock:
-            log.add_namespaces(namespaces)
+            log.use_namespace(namespace)
 
     @uninterrupted
     def close_block_log(self, log: BlockLog) -> None:
@@ -538,9 +538,9 @@ class Cache:
             self._catalog.remove_log(log)
 
     @uninterrupted
-    def count_events(self, *, batches: int = 0, dropped: int = 0, replays: int = 0) -> None:
-        """Count what a publisher of KV events did: batches sent, changes dropped, replays served."""
-        for name, n in (("event_batches", batches), ("event_changes_dropped", dropped), ("event_replays", replays)):
+    def count_events(self, *, batches: int = 0, overflows: int = 0, replays: int = 0) -> None:
+        """Count what a publisher of KV events did: batches sent, losses of changes, and replays."""
+        for name, n in (("event_batches", batches), ("event_overflows", overflows), ("event_replays", replays)):
             if n:
                 self._counters.add(name, n)
 

@@ -28,7 +28,7 @@ COUNTS = (
     "pressure_evictions",
     "pins_refused",
     "event_batches",
-    "event_changes_dropped",
+    "event_overflows",
     "event_replays",
 )
 TIERS = ("live", "ram", "ram_file", "disk")  # always have counts, even if not in use
