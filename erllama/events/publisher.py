@@ -282,7 +282,13 @@ class Publisher:
         """Send what is due without a change of the cache: an announcement, or an empty batch."""
         now = time.monotonic()
         greets = now >= self._greet_at
-        if now >= self._announce_at or (greets and now - self._began < _START_SECONDS):
+        if greets and now - self._began < _START_SECONDS:
+            # A subscriber ignores a batch with the number of the last one that it got from the process before. If
+            # that is the empty batch, the announcement follows it; if it is the announcement, the empty batch has a
+            # lower number, which shows the restart.
+            self._send(pub, [])
+            self._announce(pub)
+        elif now >= self._announce_at:
             self._announce(pub)
         elif greets or now - self._last_sent > _IDLE_SECONDS:
             self._send(pub, [])
