@@ -25,6 +25,9 @@ FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapter
 # Finds faults of accessibility in the chat page. Only its tests use it. tests/support/browser.py has the same version.
 AXE_VERSION := 4.14.1
 AXE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/erllama/axe-core-$(AXE_VERSION)
+# Consumers of KV events, for `make test-routers`.
+ROUTER_PACKAGES := vllm-router==0.1.17 ai-dynamo-runtime==1.6.1
+ROUTERS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/erllama/routers-1
 # The tests of real models, which skip without ERLLAMA_REAL_MODELS and ERLLAMA_TEST_MODEL.
 REAL_MODEL_TESTS := $(addprefix tests/,models/test_real_models.py models/test_real_adapters.py models/test_real_embeddings.py \
 	exactness/test_real_exactness.py chat/test_real_chats.py)
@@ -38,7 +41,7 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model real-models agents test test-page test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model real-models agents test test-routers test-page test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -78,6 +81,17 @@ demo-model: setup
 # The whole suite, two tests at a time. WORKERS=N runs N at a time; WORKERS=0 runs them in one process.
 test: setup-dev
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal
+
+# Three replicas of `erllama serve` behind vllm-router and beside Dynamo's selection service, in a few minutes on two cores.
+# Installs both in an environment of their own, in the user's cache directory: 400 MB.
+test-routers: setup-dev $(ROUTERS)/.installed
+	$(BIN)/python -m scripts.router_tests --python $(ROUTERS)/bin/python
+
+$(ROUTERS)/.installed:
+	@echo "test-routers: installing vllm-router and ai-dynamo-runtime in $(ROUTERS)"
+	@$(PYTHON) -m venv $(ROUTERS)
+	@$(ROUTERS)/bin/python -m pip --disable-pip-version-check -q -q install $(ROUTER_PACKAGES)
+	@touch $@
 
 # The tests of the chat page in Chromium, which ERLLAMA_CHROMIUM names or PATH has. Fetches axe-core from npm into the user's
 # cache directory. Writes pictures into build/page. Fails without a browser.
@@ -128,7 +142,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	@rm -rf $(TREE) && mkdir -p $(TREE)/erllama && ln -s $(addprefix $(CURDIR)/,$(wildcard erllama/*) engine cache llama_ffi) $(TREE)/erllama/
 	@ln -s $(CURDIR)/scripts $(TREE)/scripts
-	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model -p scripts.agents -m scripts.real_models -m scripts.bert_to_gguf
+	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model -p scripts.agents -p scripts.router_tests -m scripts.real_models -m scripts.bert_to_gguf
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 format: setup-dev

@@ -146,7 +146,7 @@ def test_a_subscriber_of_the_process_before_forgets_its_blocks(
     cache: erllama.Cache, address: str, n_batches: int
 ) -> None:
     with loaded(cache, address) as model, subscribed(address, first=n_batches) as subscriber:
-        subscriber.known = {(1, "GPU")}
+        subscriber.known, subscriber.checks_parents = {(1, "GPU")}, False
         model.prefill(prompt(1))
         in_step(subscriber, cache, model)
 
@@ -203,7 +203,8 @@ def test_a_replay_begins_at_the_requested_number(cache: erllama.Cache, address: 
             model.prefill(prompt(seed))
             in_step(subscriber, cache, model)
         batches = replay(context, replay_address(address), 3)
-        assert [number for number, _ in batches] == list(range(3, subscriber.next))
+        assert len(batches) >= subscriber.next - 3
+        assert [number for number, _ in batches] == list(range(3, 3 + len(batches)))
         assert replay(context, replay_address(address), 10**9) == []
 
 

@@ -43,6 +43,7 @@ class Subscriber:
         known: the blocks that it knows.
         tokens: the tokens of each hash.
         parents: the parent of each hash.
+        checks_parents: whether each event must follow known blocks.
     """
 
     def __init__(self, address: str, *, first: int = 0) -> None:
@@ -56,7 +57,7 @@ class Subscriber:
         self.known: Known = set()
         self.tokens: dict[int, tuple[int, ...]] = {}
         self.parents: dict[int, int | None] = {}
-        self.loras: dict[int, str | None] = {}
+        self.checks_parents = True
 
     def close(self) -> None:
         self._context.destroy(0)
@@ -131,13 +132,13 @@ def apply_event(state: Subscriber | State, event: Event) -> None:
     else:
         assert isinstance(event, BlockStored)
         parent = event.parent_block_hash
-        assert parent is None or any(known == parent for known, _ in state.known), "an unknown parent"
+        knows = parent is None or any(known == parent for known, _ in state.known)
+        assert knows or not state.checks_parents, "an unknown parent"
         assert len(event.token_ids) == len(event.block_hashes) * event.block_size
         for index, each in enumerate(event.block_hashes):
             tokens = tuple(event.token_ids[index * event.block_size : (index + 1) * event.block_size])
             assert state.tokens.setdefault(each, tokens) == tokens
             assert state.parents.setdefault(each, parent) == parent
-            state.loras[each] = event.lora_name
             state.known.add((each, str(event.medium)))
             parent = each
 
@@ -149,7 +150,7 @@ class State:
         self.known: Known = set()
         self.tokens: dict[int, tuple[int, ...]] = {}
         self.parents: dict[int, int | None] = {}
-        self.loras: dict[int, str | None] = {}
+        self.checks_parents = True
 
 
 def hashes_of(block: Block, block_size: int) -> list[int]:
