@@ -369,3 +369,25 @@ def test_other_addresses_are_accepted() -> None:
     chosen = erllama.KvEvents("tcp://127.0.0.1:*").with_ports()
     assert chosen.address != chosen.replay_address
     assert "*" not in chosen.address + str(chosen.replay_address)
+
+
+def test_the_blocks_of_the_adapters_in_effect_are_published(
+    cache: erllama.Cache, address: str, tiny_gguf: Path, loras: list[Path]
+) -> None:
+    events = erllama.KvEvents(address, block_size=SMALL)
+    with (
+        erllama.load_model(tiny_gguf, cache=cache, n_ctx=512, n_threads=1, kv_events=events) as model,
+        subscribed(address) as subscriber,
+    ):
+        model.prefill(prompt(1))
+        in_step(subscriber, cache, model)
+        without = set(subscriber.known)
+        with_adapter = model.load_adapter(loras[0])
+        subscriber.wait_for(set())
+        model.prefill(prompt(1))
+        in_step(subscriber, cache, model)
+        assert subscriber.known
+        assert not subscriber.known & without
+        with_adapter.unload()
+        in_step(subscriber, cache, model)
+        assert {each for each, _ in subscriber.known} == {each for each, _ in without}
