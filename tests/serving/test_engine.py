@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import erllama
-from erllama.cache import Cache
+from erllama.cache import Block, Cache
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.scheduling.batches import prefill_budget
 from erllama.engine.scheduling.cells import Cells
@@ -26,6 +27,7 @@ from support.engine_models import (
     load_stub,
     random_prompt,
 )
+from support.faulty.tiers import SmallTier
 from support.recording_backend import RecordingBackend, llama_backend
 
 # --- the same reply, alone or among others --------------------------------------------------------
@@ -374,3 +376,30 @@ def test_cell_counts_match_a_cell_by_cell_model(steps: list[tuple[str, int, int,
             inside = set().union(*(held[number] for number in group))
             outside = set().union(*(held[number] for number in range(5) if number not in group))
             assert cells.exclusive(group) == len(inside - outside)
+
+
+class Stuck(SmallTier):
+    """Writes no block before it is released."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.go_on = threading.Event()
+
+    def write(self, block: Block, payload: memoryview) -> None:
+        assert self.go_on.wait(120)
+        super().write(block, payload)
+
+
+def test_kv_that_waits_to_be_written_is_found_in_ram_by_a_new_model(tmp_path: Path) -> None:
+    prompt, tier = random_prompt(0, 4 * SIZE), Stuck(str(tmp_path))
+    with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
+        try:
+            with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
+                assert model.complete(prompt, max_tokens=1).cache.tier is None
+            with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
+                assert model.complete(prompt, max_tokens=1).cache.tier == "ram"
+        finally:
+            tier.go_on.set()
+        assert cache.flush()
+        with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
+            assert model.complete(prompt, max_tokens=1).cache.tier == "remote"
