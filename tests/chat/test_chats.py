@@ -21,6 +21,7 @@ from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import BOS, write_llama
 from erllama.testing.scripted import END, write_scripted
 from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, Message, model_replying, user
+from support.examples import examples
 from support.paths import SHARED
 
 SAVE_ALL = {"min_tokens": 1, "cold_min_tokens": 1}
@@ -292,7 +293,7 @@ schemas = st.fixed_dictionaries(
 ).map(lambda properties: {"type": "object", "properties": properties, "required": [*properties], **CLOSED})
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.lists(schemas, min_size=1, max_size=3), st.integers(0, 1000), st.booleans(), st.data())
 def test_a_required_call_is_made_and_valid(
     parameters: list[dict[str, object]], seed: int, parallel: bool, data: st.DataObject
@@ -635,7 +636,7 @@ def test_tools_are_compiled_only_for_conversations_that_fit(monkeypatch: pytest.
 
     with model_replying("hello") as model:
         with pytest.raises(erllama.PromptTooLong):
-            model.chat([user("Q")], tools=tools(2000))
+            model.chat([user("Q")], tools=tools(300))
         assert compiled == []
         model.chat([user("Q")], tools=tools(2))
         model.chat([user("Q")], tools=tools(2))

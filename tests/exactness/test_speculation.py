@@ -19,8 +19,9 @@ from erllama.engine.backends.stub import EOG, StubBackend
 from erllama.engine.speculation import DecodeCosts, NgramDrafter, Speculator
 from erllama.testing.models import LlamaShape, write_llama
 from erllama.testing.scripted import write_scripted
+from support.examples import examples
 
-N_PROMPTS = int(os.environ.get("ERLLAMA_SPECULATION", "30"))
+N_PROMPTS = int(os.environ.get("ERLLAMA_SPECULATION", "10"))
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ OPTIONS = st.fixed_dictionaries(
 ).filter(lambda options: not ("mirostat" in options and options["temperature"] == 0.0))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(35), deadline=None)
 @given(
     st.text("abc ", min_size=1, max_size=80), OPTIONS, st.lists(st.booleans(), min_size=1, max_size=5), st.data()
 )
@@ -262,7 +263,7 @@ def test_memory_that_cannot_be_cut_disables_speculation() -> None:
         assert len(reply.tokens) == len(plain.complete("ababab", max_tokens=30, temperature=0.0).tokens)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(75))
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 6))
 def test_an_ngram_predicts_its_last_continuation(tokens: list[int], n_max: int) -> None:
     ids = np.array(tokens, np.int32)

@@ -23,7 +23,7 @@ from support.http_load import CLIENTS, run_clients, time_requests, whole
 from support.http_server import running, serve_command
 from support.threads import wait_until
 
-N_REQUESTS = int(os.environ.get("ERLLAMA_LOAD", "300"))
+N_REQUESTS = int(os.environ.get("ERLLAMA_LOAD", "150"))
 N_CLIENTS = 64
 # Caches and pools grow at first. A leak of one request's objects would exceed this many times.
 _GROWTH = 64 << 20

@@ -32,7 +32,7 @@ from support.cli import write_replying_model
 from support.http_server import running, serve_command
 from support.json_fuzz import ANYTHING, nearly
 
-N_REQUESTS = int(os.environ.get("ERLLAMA_FUZZ_N", "20"))
+N_REQUESTS = int(os.environ.get("ERLLAMA_FUZZ_N", "8"))
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from support.cli import Command, write_replying_model
 from support.http_server import CHAT, RunningServer, chat_body, running, serve_command
 from support.threads import wait_until
 
-N_REQUESTS = int(os.environ.get("ERLLAMA_MODEL_REQUESTS", "200"))
+N_REQUESTS = int(os.environ.get("ERLLAMA_MODEL_REQUESTS", "100"))
 N_CLIENTS = 3
 REPLIES = {"one": "abc", "two": "defg", "three": "hijk"}
 OPTIONS = {"n_ctx": 1024, "n_threads": 1, "n_ubatch": 64}

@@ -27,13 +27,14 @@ from support.engine_models import (
     load_stub,
     random_prompt,
 )
+from support.examples import examples
 from support.faulty.tiers import SmallTier
 from support.recording_backend import RecordingBackend, llama_backend
 
 # --- the same reply, alone or among others --------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.integers(0, 1000), st.booleans(), st.sampled_from([600, 1024, 8192]))
 def test_seeded_replies_are_the_same_alone_and_among_others(seed: int, can_trim: bool, n_ctx: int) -> None:
     dice = np.random.default_rng(seed)
@@ -113,7 +114,7 @@ def test_followers_continue_when_their_leader_ends() -> None:
     with load_stub(backend, n_seq_max=4) as model:
         backend.hold()
         leader = model.stream(np.concatenate([prefix, [1]]), max_tokens=4)
-        assert backend.at_decode.wait(30)
+        assert backend.at_decode.wait(120)
         followers = [model.stream(np.concatenate([prefix, [2, i]]), max_tokens=4, seed=1) for i in range(3)]
         backend.step()
         backend.step()
@@ -153,7 +154,7 @@ def test_parked_cells_stay_within_their_limit_while_others_compute() -> None:
         backend.hold()
         stream = model.stream(random_prompt(99, 10), max_tokens=3)
         backend.at_decode.clear()
-        assert backend.at_decode.wait(30)
+        assert backend.at_decode.wait(120)
         assert backend.cells_used <= 100 + 10
         backend.release()
         stream.result()
@@ -350,7 +351,7 @@ def cell_steps(draw: st.DrawFn) -> list[tuple[str, int, int, int]]:
     return draw(st.lists(step, max_size=40))
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(75))
 @given(cell_steps())
 def test_cell_counts_match_a_cell_by_cell_model(steps: list[tuple[str, int, int, int]]) -> None:
     cells = Cells(10_000)

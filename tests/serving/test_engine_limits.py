@@ -93,7 +93,7 @@ def test_properties_do_not_wait_for_a_decode() -> None:
         backend.hold()
         backend.at_decode.clear()
         stream = model.stream(random_prompt(1, 100), max_tokens=5)
-        assert backend.at_decode.wait(30)
+        assert backend.at_decode.wait(120)
         assert model.phase == "prefilling"
         assert (model.pending, model.queue_depth, erllama.queue_depth()) == (0, 1, 1)
         assert model.last_cache_hit == erllama.CacheHit("exact", "live", 99)

@@ -113,11 +113,11 @@ def test_a_writer_thread_that_cannot_start_drops_only_the_save(
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         monkeypatch.setattr(threading.Thread, "start", refuse)
         save(cache, np.arange(SIZE, dtype=np.int32))
-        assert cache.flush(10)
+        assert cache.flush(120)
         assert cache.counters()["bytes_pending"] == 0
         monkeypatch.undo()
         save(cache, np.arange(100, 100 + SIZE, dtype=np.int32))
-        assert cache.flush(10)
+        assert cache.flush(120)
         assert cache.counters()["blocks_disk"] == 1
 
 
