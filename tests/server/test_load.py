@@ -88,7 +88,7 @@ def test_rude_clients_leave_no_task_behind() -> None:
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=8) as model:
         with running(model) as server:
             tasks = server.tasks
-            httpx.get(server.url + "/nothing")
+            httpx.get(server.url + "/nothing", timeout=120)
             before = tasks()
             counts = asyncio.run(run_clients(server.address, 60, 16, 3))
             assert counts.total() == 60

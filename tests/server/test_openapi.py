@@ -57,7 +57,7 @@ OPERATIONS = [
 
 def test_the_document_is_served_and_names_every_endpoint(model: erllama.Model) -> None:
     with running(model) as server:
-        served = httpx.get(server.url + "/openapi.json").json()
+        served = httpx.get(server.url + "/openapi.json", timeout=120).json()
     assert served == document()
     assert served["openapi"].startswith("3.1")
     assert "/v1/chat/completions" in served["paths"]

@@ -96,7 +96,7 @@ def test_a_key_uses_its_models_alone(model: erllama.Model) -> None:
 
             assert status("second", "one") == status("second", "all") == status("stub", "all") == 200
             assert status("stub", "one") == 403
-            assert httpx.get(f"{server.url}/metrics", headers={"x-api-key": "one"}).status_code == 403
+            assert httpx.get(f"{server.url}/metrics", headers={"x-api-key": "one"}, timeout=120).status_code == 403
 
 
 def test_a_name_for_all_others_shows_no_model_that_a_key_may_not_use(model: erllama.Model) -> None:
@@ -177,7 +177,9 @@ def test_a_refused_host_is_an_error_in_the_form_of_the_api(model: erllama.Model)
     with running(model) as server:
 
         def ask(path: str, **headers: str) -> httpx.Response:
-            return httpx.post(f"{server.url}{path}", json={}, headers={"host": "evil.example", **headers})
+            return httpx.post(
+                f"{server.url}{path}", json={}, headers={"host": "evil.example", **headers}, timeout=120
+            )
 
         openai, ollama = ask("/v1/chat/completions"), ask("/api/chat")
         anthropic = ask("/v1/messages", **{"anthropic-version": "2023-06-01"})
@@ -331,8 +333,8 @@ def test_an_idle_connection_is_closed(model: erllama.Model) -> None:
 
 
 def test_an_unknown_path_or_method_is_an_error_of_the_api(plain: RunningServer) -> None:
-    missing = httpx.get(plain.url + "/v1/nothing")
-    wrong = httpx.get(plain.url + CHAT)
+    missing = httpx.get(plain.url + "/v1/nothing", timeout=120)
+    wrong = httpx.get(plain.url + CHAT, timeout=120)
     assert (missing.status_code, wrong.status_code) == (404, 405)
     assert "/v1/nothing" in missing.json()["error"]["message"]
 

@@ -147,7 +147,7 @@ def test_requests_to_three_models_with_room_for_two_are_all_answered(server: Run
 
     with ThreadPoolExecutor(N_CLIENTS) as clients:
         n_refused = sum(clients.map(run_client, range(N_CLIENTS)))
-    found = samples(httpx.get(server.url + "/metrics").text)
+    found = samples(httpx.get(server.url + "/metrics", timeout=120).text)
     loads = {name: found["erllama_model_loads_total", name] for name in REPLIES}
     evictions = {name: found.get(("erllama_model_unloads_total", name, "memory"), 0) for name in REPLIES}
     echo(f"loads {loads}, unloads for others {evictions}, refused {n_refused}")
