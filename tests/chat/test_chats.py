@@ -174,7 +174,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_thinks_calls_a_tool_and_answers(scripted: Path) -> None:
     with erllama.load_model(
-        scripted, cache=erllama.Cache(), policy={"min_tokens": 1, "cold_min_tokens": 1}
+        scripted, cache=erllama.Cache(), policy={"min_tokens": 1, "cold_min_tokens": 1}, n_threads=1
     ) as model:
         messages = [user("Time in Oslo?")]
         for turn in range(10):
@@ -205,7 +205,7 @@ def test_a_model_thinks_calls_a_tool_and_answers(scripted: Path) -> None:
 
 @pytest.mark.parametrize("choice", ["auto", "required", "get_time"])
 def test_grammars_accept_markers_that_are_special_tokens(scripted: Path, choice: str) -> None:
-    with erllama.load_model(scripted, cache=erllama.Cache()) as model:
+    with erllama.load_model(scripted, cache=erllama.Cache(), n_threads=1) as model:
         reply = model.chat([user("Q")], tools=TOOLS, tool_choice=choice, temperature=0.0, max_tokens=100)
         assert [call.arguments for call in reply.tool_calls] == [{"city": "Oslo"}]
         assert reply.raw_tool_calls[0].startswith(b"<tool_call>")
@@ -516,7 +516,7 @@ def test_tokens_of_a_conversation_can_be_completed_and_prefilled() -> None:
 
 
 def test_bos_appears_once(tmp_path: Path) -> None:
-    with erllama.load_model(write_llama(tmp_path / "model.gguf"), cache=erllama.Cache()) as model:
+    with erllama.load_model(write_llama(tmp_path / "model.gguf"), cache=erllama.Cache(), n_threads=1) as model:
         plain = "{{ messages[0].content }}"
         for template in (plain, "{{ bos_token }}" + plain):
             ids = model.apply_chat_template([user("Q")], chat_template=template).tolist()

@@ -166,7 +166,7 @@ def test_phases_on_libllama_do_not_depend_on_token_boundaries(cuts: set[int]) ->
         chain = ["<|go|>", *pieces, END]
         words = [piece for piece in pieces if len(piece) > 1]
         path = write_scripted(Path(place) / "model.gguf", dict(pairwise(chain)), words=words, special=["<|go|>"])
-        with erllama.load_model(path, n_ctx=256, cache=erllama.Cache(), warmup=False) as model:
+        with erllama.load_model(path, n_ctx=256, cache=erllama.Cache(), warmup=False, n_threads=1) as model:
             stream = model.stream("<|go|>", temperature=0.0, thinking="enabled", **MARKERS)
             deltas = [event for event in stream if isinstance(event, erllama.ThinkingDelta | erllama.ToolCallDelta)]
             reply = stream.result()

@@ -128,7 +128,9 @@ def test_repetitive_text_takes_few_decodes(tmp_path: Path) -> None:
     # A model that counts in letters without end: each token determines the next.
     letters = "abcdefghijklmnop"
     follows = dict(zip(letters, letters[1:] + letters[0], strict=True))
-    with erllama.load_model(write_scripted(tmp_path / "model.gguf", follows), cache=erllama.Cache()) as model:
+    with erllama.load_model(
+        write_scripted(tmp_path / "model.gguf", follows), cache=erllama.Cache(), n_threads=1
+    ) as model:
         plain = model.complete(letters * 2, max_tokens=200, temperature=0.0)
         before = model.metrics.ticks
         reply = model.complete(letters * 2, max_tokens=200, temperature=0.0, speculative="ngram")
@@ -229,8 +231,8 @@ def test_a_failing_drafter_disables_only_speculation(drafter: erllama.Drafter) -
 
 def test_a_second_model_can_draft(random_gguf: Path) -> None:
     with (
-        erllama.load_model(random_gguf, cache=erllama.Cache(), n_ctx=512) as draft,
-        erllama.load_model(random_gguf, cache=erllama.Cache(), n_ctx=512) as model,
+        erllama.load_model(random_gguf, cache=erllama.Cache(), n_ctx=512, n_threads=1) as draft,
+        erllama.load_model(random_gguf, cache=erllama.Cache(), n_ctx=512, n_threads=1) as model,
     ):
         expected = model.complete("hello", max_tokens=40, temperature=0.0)
         reply = model.complete("hello", max_tokens=40, temperature=0.0, speculative=draft)
@@ -332,7 +334,7 @@ def test_invalid_speculation_options_are_refused(options: dict[str, object], mat
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused(random_gguf: Path) -> None:
-    with stub() as model, erllama.load_model(random_gguf, cache=erllama.Cache()) as other:
+    with stub() as model, erllama.load_model(random_gguf, cache=erllama.Cache(), n_threads=1) as other:
         with pytest.raises(erllama.OptionError, match="another vocabulary"):
             other.complete("Q", speculative=model)
         with pytest.raises(erllama.OptionError, match="the model itself"):

@@ -6,6 +6,7 @@ ERLLAMA_SHARING_SECONDS says for how long they work; `make stress` lets them wor
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import sqlite3
@@ -54,7 +55,7 @@ WORKING = """
     print("ready", flush=True)
     sys.stdin.readline()
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end or n_loads < 50:  # on a busy machine, it takes longer
         tokens, step = context(dice, 4), dice.random()
         if step < 0.4:
             save(cache, tokens)
@@ -105,8 +106,8 @@ def test_four_processes_share_a_directory_within_one_quota(tmp_path: Path) -> No
         for child in children:
             tell(child)
         occupied, most_indexed = DiskUsageMonitor(tmp_path), 0
-        end = time.monotonic() + SHARING_SECONDS
-        while time.monotonic() < end:
+        outputs = [child.stdout for child in children]
+        while len(select.select(outputs, [], [], 0)[0]) < len(outputs):  # until each has printed its counts
             occupied.sample_until(time.monotonic() + 0.02)
             most_indexed = max(most_indexed, indexed_bytes(tmp_path))
         counts = []
@@ -138,8 +139,7 @@ def test_during_an_eviction_another_process_reads_the_payload_or_misses(tmp_path
     evicting = """
         cache = Cache(block_size=SIZE, ram=0, disk=sys.argv[1])
         contexts = [np.arange(first, first + 64, dtype=np.int32) for first in range(0, 1000, 100)]
-        end = time.monotonic() + float(sys.argv[2])
-        while time.monotonic() < end:
+        while not select.select([sys.stdin], [], [], 0)[0]:
             for tokens in contexts:
                 save(cache, tokens)
             cache.flush()
@@ -149,14 +149,13 @@ def test_during_an_eviction_another_process_reads_the_payload_or_misses(tmp_path
         assert counters["faults"] == counters["disk_errors"] == counters["corrupt_files"] == 0, counters
         cache.close()
     """
-    seconds = SHARING_SECONDS / 2
-    child = start_python(evicting, tmp_path, seconds)
+    child = start_python(evicting, tmp_path)
     with killed_at_end(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert child.stdout is not None
         assert child.stdout.readline() == "saved\n"
         n_loads = 0
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        end = time.monotonic() + SHARING_SECONDS / 2
+        while time.monotonic() < end or not n_loads:
             for first in range(0, 1000, 100):
                 with cache.lookup(NAMESPACE, np.arange(first, first + 64, dtype=np.int32)) as match:
                     for block in match.blocks:
@@ -164,8 +163,8 @@ def test_during_an_eviction_another_process_reads_the_payload_or_misses(tmp_path
                         if loaded is not None:
                             assert bytes(loaded.payload) == block.key * (64 + block.key[0])
                             n_loads += 1
+        tell(child)
         output_of(child)
-        assert n_loads > 0
         counters = cache.counters()
         assert counters["faults"] == counters["disk_errors"] == counters["corrupt_files"] == 0
         cache.check_integrity()

@@ -250,7 +250,7 @@ def test_a_database_locked_by_another_process_blocks_no_request(tmp_path: Path, 
     with Cache(block_size=SIZE, ram=ram, disk=tmp_path, watch=False) as cache:
         make_request(cache, texts(0))
         cache.flush()
-        during = []
+        during, began = [], time.monotonic()
         with held_by_another(tmp_path, HOLD[how]):
             until_then = time.monotonic() + LOCK_SECONDS
             while time.monotonic() < until_then:
@@ -263,8 +263,9 @@ def test_a_database_locked_by_another_process_blocks_no_request(tmp_path: Path, 
                     cache.counters()
                     cache.contains(bytes(32))
                 time.sleep(0.05)
+        held_seconds = time.monotonic() - began
         assert cache.flush(2 * SOON_SECONDS)
-        if LOCK_SECONDS < 5:  # the cache waits ten
+        if held_seconds < 5:  # the cache waits ten; a busy machine may hold the lock for longer
             for tokens in (texts(0), *during):
                 assert keys_of(tokens) <= on_disk(tmp_path)
             assert cache.counters()["disk_errors"] == 0

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import sqlite3
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -474,14 +473,14 @@ def test_an_older_index_keeps_its_blocks_and_gains_texts(tmp_path: Path) -> None
         assert db.execute("SELECT * FROM blocks").fetchall() == rows
 
 
-def test_a_locked_database_delays_no_text_lookup(tmp_path: Path) -> None:
+def test_a_locked_database_delays_no_text_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A call that waits for the database exceeds the time limit of the test.
+    monkeypatch.setattr("erllama.cache.tiers.index_schema._BUSY_SECONDS", 900.0)
     with Cache(disk=tmp_path) as cache:
         db = sqlite3.connect(tmp_path / "index.db", isolation_level=None)
         db.execute("BEGIN EXCLUSIVE")
-        began = time.monotonic()
         cache.remember_text(NAMESPACE, b"text", ids(1))
         assert found(cache, b"text") == (4, [1])
         assert found(cache, b"other") is None
-        assert time.monotonic() - began < 5
         db.execute("ROLLBACK")
         db.close()
