@@ -74,7 +74,7 @@ class Gate:
                 "gated:make",
                 {"gate": str(self.file)},
                 cache=cache,
-                process={"hang_timeout": 600.0},  # a busy machine may start a process slowly; no test waits for a hang
+                process={"hang_timeout": 600.0},  # a slow start, on a busy machine, is not a hang
                 **options,  # type: ignore[arg-type]
             ) as model,
         ):
