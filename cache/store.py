@@ -53,6 +53,7 @@ from erllama.cache.pipeline.tier_set import TierSet
 from erllama.cache.pipeline.tier_writer import TierWriter
 from erllama.cache.pipeline.write_queue import PendingSave, WriteQueue
 from erllama.cache.pressure.pressure import Pressure, PressureWatch
+from erllama.cache.remote.options import DEFAULT_QUOTA, create_remote_tier, remote_options
 from erllama.cache.sharing.members import CacheMember, MemberReport, Members
 from erllama.cache.sharing.spec import CacheSpec, root_specs
 from erllama.cache.sizes import parse_bytes
@@ -87,7 +88,12 @@ class Cache:
             True for the user's cache directory; None for no disk. Several directories are one tier: pass a sequence
             of them, or a mapping to their quotas.
         disk_quota: budget of each such directory.
-        read_only: read the directories and never write to them. A directory that holds a cache and cannot
+        remote: a bucket or a mounted directory that several machines share, as "s3://bucket/prefix", "gs://…", "az://…",
+            "file:///directory" or a path. Buckets need the extra `remote`. It is the slowest tier.
+        remote_key_file: file of the keys that sign blocks there; see `erllama cache new-key`. Required with `remote`.
+        remote_quota: budget of all blocks there, those of other machines included.
+        remote_lifetime: remove blocks there that were not used for so long, as "30d" or in seconds; None to keep them.
+        read_only: read the directories and the remote tier, and never write to them. A directory that holds a cache and cannot
             be written, such as one on a read-only mount, is always opened read-only.
         tiers: tiers of your own, slower than all these, from fast to slow.
         block_size: tokens per block; a power of two from 16 to 4096.
@@ -111,6 +117,10 @@ class Cache:
         ram_file_quota: str | int = "4GiB",
         disk: Directories = None,
         disk_quota: str | int = "50GiB",
+        remote: str | Path | None = None,
+        remote_key_file: str | Path | None = None,
+        remote_quota: str | int = DEFAULT_QUOTA,
+        remote_lifetime: str | float | None = None,
         read_only: bool = False,
         tiers: Sequence[Tier] = (),
         block_size: int = 256,
@@ -127,10 +137,15 @@ class Cache:
         queue_bytes = parse_bytes("write_queue", write_queue)
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
         self._watch = boolean("watch", watch)
-        if boolean("read_only", read_only):
-            roots = as_read_only(roots)
+        self._remote = remote_options(
+            remote, remote_key_file, remote_quota, remote_lifetime, boolean("read_only", read_only)
+        )
+        if read_only:
+            roots = as_read_only(roots, self._remote is not None)
         all_tiers: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
         all_tiers += file_tiers(roots, self._watch)
+        if self._remote is not None:
+            all_tiers.append(create_remote_tier(self._remote))
         self._custom_tiers = custom_tiers(tiers)
         # Created before any directory is opened, because it raises if its source is not available.
         self._pressure = self._pressure_watch(Pressure.of(pressure))
@@ -145,8 +160,12 @@ class Cache:
         cache = cls.__new__(cls)
         cache.ram_budget, cache.block_size, cache._watch = spec.ram, spec.block_size, spec.watch
         cache._custom_tiers, cache._pressure, cache._pin_quota = [], None, spec.pin_quota
+        cache._remote = spec.remote
         tiers: list[Tier] = [RamTier(spec.ram)] if spec.ram else []
-        cache._start([*tiers, *file_tiers(spec.as_roots(), spec.watch)], spec.write_queue, frozenset(["ram_file"]))
+        tiers += file_tiers(spec.as_roots(), spec.watch)
+        if spec.remote is not None:
+            tiers.append(create_remote_tier(spec.remote))
+        cache._start(tiers, spec.write_queue, frozenset(["ram_file"]))
         return cache
 
     def _start(self, tiers: list[Tier], queue_bytes: int, immediate: frozenset[str] = frozenset()) -> None:
@@ -525,6 +544,7 @@ class Cache:
                 self._queue.limit_bytes,
                 self._watch,
                 self._pin_quota,
+                self._remote,
             )
             self._check_open()
             return spec
@@ -718,8 +738,8 @@ class Cache:
         queue = self._queue
         flush = queue.begin_flush()
         complete = not len(self._members) or self._flush_members(timeout)
-        left = None if timeout is None else timeout - (time.monotonic() - began)
-        return queue.wait(flush, left) and complete
+        complete = queue.wait(flush, _left(began, timeout)) and complete
+        return self._tier_set.flush(_left(began, timeout)) and complete
 
     @uninterrupted
     def _flush_members(self, timeout: float | None) -> bool:
@@ -747,7 +767,7 @@ class Cache:
             self._reset()
         queue.abandon()
         for tier in tier_set:
-            (tier.abandon if isinstance(tier, FileTier) else tier.close)()
+            tier.abandon()
         _open_caches.discard(self)
 
     def _reset(self) -> None:
@@ -774,6 +794,11 @@ class Cache:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _left(began: float, timeout: float | None) -> float | None:
+    """Return what is left of a timeout that began at a time of time.monotonic(); None if there is none."""
+    return None if timeout is None else timeout - (time.monotonic() - began)
 
 
 _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
