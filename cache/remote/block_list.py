@@ -28,12 +28,6 @@ class BlockList:
         self._uses_of_others: dict[bytes, int] = {}  # not returned by `take_uses` yet
         self._changed: set[bytes] = set()  # blocks whose change the cache has yet to see
 
-    def clear(self) -> None:
-        """Forget all blocks."""
-        with self._lock:
-            for each in (self._entries, self._used, self._uses_of_others, self._changed):
-                each.clear()
-
     def __len__(self) -> int:
         with self._lock:
             return sum(entry.block is not None for entry in self._entries.values())

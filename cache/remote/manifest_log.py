@@ -65,13 +65,6 @@ class ManifestLog:
         self._writer = secrets.token_hex(8)
         self._number = 0
 
-    def clear(self) -> None:
-        """Forget which segments were read, and what waits to be published."""
-        with self._lock:
-            self._waiting.clear()
-            self._known.clear()
-            self._refused.clear()
-
     # --- writing --------------------------------------------------------------------------------------
 
     def append(self, entry: Entry) -> None:

@@ -89,13 +89,10 @@ class RemoteTier(Tier):
         self._store, self._location, self._lifetime = store, location, lifetime
         self._poll_seconds, self._publish_seconds = poll_seconds, publish_seconds
         self._signer = Signer(keys)
-        self._blocks = BlockList()
         self._cost = ReadCost()
         self._breaker = CircuitBreaker(location, partial(self._count, "remote_outages", 1))
         self._readers = DaemonThreads(_READERS, "erllama-remote-reader")
-        self._log = ManifestLog(store, self._signer, self._blocks, self._readers, self._count, self._on_replaced)
         self._upload_bytes = upload_bytes
-        self._uploads = self._new_uploads()
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
         self._own: set[str] = set()  # names of the objects that this machine stored
@@ -104,10 +101,15 @@ class RemoteTier(Tier):
         self._is_open = False
         self._turn_lock = threading.Lock()  # one thread at a time reads and writes manifests
         self._poller: _Poller | None = None
-        self._next_poll = 0.0  # by time.monotonic()
+        self._forget()
 
-    def _new_uploads(self) -> Uploads:
-        return Uploads(
+    def _forget(self) -> None:
+        """Start from an empty list. What a thread still does with the old one has no effect."""
+        self._blocks = BlockList()
+        self._log = ManifestLog(
+            self._store, self._signer, self._blocks, self._readers, self._count, self._on_replaced
+        )
+        self._uploads = Uploads(
             self._store, self._signer, self._breaker, self._upload_bytes, self._on_stored, self._on_lost
         )
 
@@ -149,8 +151,6 @@ class RemoteTier(Tier):
             return
         first = self._poller is None
         if self._poller is None:
-            self._uploads = self._new_uploads()
-            self._next_poll = 0.0
             self._poller = _Poller(self)
         self._poller.polled.wait(_START_SECONDS if first else 0.0)
         error = self._poller.error
@@ -174,8 +174,7 @@ class RemoteTier(Tier):
         if poller is not None:
             poller.stop()
         self._uploads.abandon()
-        self._log.clear()
-        self._blocks.clear()
+        self._forget()
 
     def flush(self, timeout: float | None = None) -> bool:
         deadline = time.monotonic() + (_CLOSE_SECONDS if timeout is None else timeout)
@@ -361,10 +360,12 @@ class RemoteTier(Tier):
         now = time.monotonic()
         try:
             with self._turn_lock:
+                if poller is not self._poller:
+                    return 0.0  # the tier was closed
                 publish = self._log.seconds_to_publish(self._publish_seconds)
                 if publish == 0.0 and not self.read_only and probe is None:
                     self._log.publish()
-                if now >= self._next_poll or probe is not None:
+                if now >= poller.next_poll or probe is not None:
                     self._poll(poller, now)
         except Exception as error:
             if not isinstance(error, RemoteError):
@@ -378,7 +379,7 @@ class RemoteTier(Tier):
             self._uploads.resume()
         if self._blocks.has_changes:
             self._on_change()
-        dues = [self._next_poll - time.monotonic()]
+        dues = [poller.next_poll - time.monotonic()]
         if (publish := self._log.seconds_to_publish(self._publish_seconds)) is not None and not self.read_only:
             dues.append(publish)
         return max(min(dues), 0.0)
@@ -387,7 +388,7 @@ class RemoteTier(Tier):
         first = not poller.polled.is_set()
         complete = self._log.read_new(now + _START_SECONDS)
         # Machines that start together must not list together.
-        self._next_poll = now + self._poll_seconds * _random.uniform(0.75, 1.25) if complete else now
+        poller.next_poll = now + self._poll_seconds * _random.uniform(0.75, 1.25) if complete else now
         poller.report(None)
         if not first and complete and not self.read_only:
             self._expire()
@@ -416,12 +417,14 @@ class _Poller:
         polled: set once the manifests were read, or that failed.
         error: why the last attempt failed; None if it succeeded.
         wake: set to begin the next turn now.
+        next_poll: when to read the manifests next, by time.monotonic().
     """
 
     def __init__(self, tier: RemoteTier) -> None:
         self.polled = threading.Event()
         self.error: RemoteError | None = None
         self.wake = threading.Event()
+        self.next_poll = 0.0
         self._stopped = False
         reference = weakref.ref(tier)
         thread = threading.Thread(target=self._run, args=(reference,), name="erllama-remote-poller", daemon=True)
