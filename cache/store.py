@@ -41,6 +41,7 @@ from erllama.cache.options import (
 from erllama.cache.pipeline.attached_tiers import AttachedTiers
 from erllama.cache.pipeline.change_feed import ChangeFeed
 from erllama.cache.pipeline.evictor import Evictor
+from erllama.cache.pipeline.fetcher import Fetch, Fetcher
 from erllama.cache.pipeline.garbage_collector import GarbageCollector
 from erllama.cache.pipeline.integrity import IntegrityChecker
 from erllama.cache.pipeline.loader import Loader
@@ -220,6 +221,7 @@ class Cache:
         writer = TierWriter(lock, catalog, counters, queue, tier_set, evictor, feed)
         self._saver = Saver(lock, catalog, counters, queue, tier_set, feed, writer, self.block_size)
         self._loader = Loader(lock, catalog, counters, queue, evictor, writer)
+        self._fetcher = Fetcher(lock, catalog, self._loader)
         self._pinner = Pinner(lock, catalog, counters, queue, tier_set, feed, writer, self._loader)
         self._texts = TextMemory(queue, tier_set)
         self._attached = AttachedTiers(lock, catalog, tier_set)
@@ -298,22 +300,40 @@ class Cache:
             self.count_request(kind, n_tokens, resumed=resumed)
         return Match(tuple(blocks), n_tokens, unpin)
 
-    def load(self, block: Block) -> Loaded | None:
+    @uninterrupted
+    def fetch(self, blocks: Sequence[Block], seconds_per_token: float | None = None) -> Fetch:
+        """Begin to read the blocks that only a remote tier has, in the background. The engine calls it.
+
+        Does not wait. The result is done once the blocks were read, or waiting is not worth it any more: a read must
+        not take longer than computing. `load` and `load_batches` then return them while the result exists.
+
+        Args:
+            blocks: of a match, from the first that is needed to the last.
+            seconds_per_token: how long the model computes; None if that is unknown.
+        """
+        return self._fetcher.fetch(blocks, seconds_per_token)
+
+    def load(self, block: Block, *, local: bool = False) -> Loaded | None:
         """Load the payload of a block from the fastest tier that has it.
+
+        Args:
+            local: do not wait for a remote tier: only what `fetch` has brought counts.
 
         Returns:
             the payload, and the block as it was saved with it. None if each tier has lost or damaged it;
             the cache then drops the block.
         """
-        return self._loader.load(block)
+        return self._loader.load(block, local)
 
-    def load_batches(self, blocks: Sequence[Block]) -> Generator[list[Loaded], None, None]:
+    def load_batches(
+        self, blocks: Sequence[Block], *, local: bool = False
+    ) -> Generator[list[Loaded], None, None]:
         """Load several blocks in order, and yield them in batches. While the caller uses one, the next is read.
 
         Ends at the first block that `load` would not return. The caller keeps the blocks pinned, and closes the
         iterator if it stops early.
         """
-        return self._loader.load_batches(blocks)
+        return self._loader.load_batches(blocks, local)
 
     @uninterrupted
     def save(

@@ -244,6 +244,8 @@ class RemoteTier(Tier):
         entry = self._entry(block)
         if (waiting := self._waiting(entry)) is not None:
             return waiting
+        if not self._breaker.closed:
+            raise RemoteUnreachable(f"{self._location} does not answer; waiting until it does")
         self._count("remote_reads")
         began = time.monotonic()
         try:
@@ -252,6 +254,10 @@ class RemoteTier(Tier):
             self._breaker.record_failure(error)
             self._wake()
             raise
+        except FileNotFoundError:
+            self._breaker.record_success()  # another machine has removed it
+            raise
+        self._breaker.record_success()
         self._cost.record(content.nbytes, time.monotonic() - began)
         self._count("remote_bytes_read", content.nbytes)
         return self._verified(entry, block, content)
