@@ -14,7 +14,7 @@ from typing import NamedTuple
 import platformdirs
 
 from erllama.cache.pressure.pressure import Pressure
-from erllama.cache.remote.options import DEFAULT_QUOTA, remote_options
+from erllama.cache.remote.options import DEFAULT_QUOTA, RemoteOptions, remote_options
 from erllama.cache.sizes import parse_bytes
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.read_only import create_file_tier, is_read_only
@@ -81,7 +81,7 @@ def check_options(options: Mapping[str, object]) -> list[Root]:
     )
     if read_only:
         roots = as_read_only(roots, remote is not None)
-    check_separate(roots)
+    check_separate([*roots, *remote_root(remote)])
     custom_tiers(options.get("tiers", ()))
     Pressure.of(options.get("pressure"))
     return roots
@@ -149,6 +149,13 @@ def check_separate(roots: Sequence[Root]) -> None:
                     f"{root.tier}: {root.path} and {other.path} are equal, or one lies in the other; "
                     "pass separate directories"
                 )
+
+
+def remote_root(remote: RemoteOptions | None) -> list[Root]:
+    """Return the directory of a remote tier, for `check_separate`; none if it is in a bucket."""
+    if remote is None or "://" in remote.address:
+        return []
+    return [Root("remote", Path(remote.address), remote.quota)]
 
 
 def file_tiers(roots: Sequence[Root], watch: bool) -> list[FileTier]:

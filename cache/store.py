@@ -33,10 +33,12 @@ from erllama.cache.options import (
     OPTIONS,
     Directories,
     as_read_only,
+    check_separate,
     checked_block_size,
     custom_tiers,
     directories,
     file_tiers,
+    remote_root,
 )
 from erllama.cache.pipeline.attached_tiers import AttachedTiers
 from erllama.cache.pipeline.change_feed import ChangeFeed
@@ -145,6 +147,7 @@ class Cache:
             roots = as_read_only(roots, self._remote is not None)
         all_tiers: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
         all_tiers += file_tiers(roots, self._watch)
+        check_separate([*roots, *remote_root(self._remote)])
         if self._remote is not None:
             all_tiers.append(create_remote_tier(self._remote))
         self._custom_tiers = custom_tiers(tiers)
