@@ -26,6 +26,7 @@ _DELETE_BATCH = 1000  # the most that one request of S3 may name
 _LONGEST_MESSAGE = 300
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3", "GOOGLE_BASE_URL", "AZURE_ENDPOINT")
 
+_NO_BUCKET = r"NoSuchBucket|ContainerNotFound|bucket does not exist"
 # What a service says, and what its user can do about it.
 _REMEDIES = (
     (
@@ -34,17 +35,18 @@ _REMEDIES = (
     ),
     (
         r"AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraint|IncorrectEndpoint|"
-        r"301 Moved|307 Temporary|LocationConstraint",
+        r"301 Moved|307 Temporary|LocationConstraint|configured region",
         "the bucket is in another region; set AWS_REGION to its region",
     ),
-    (r"NoSuchBucket|ContainerNotFound|bucket does not exist", "there is no such bucket; create it, or correct the address"),
+    (_NO_BUCKET, "there is no such bucket; create it, or correct the address"),
     (
         r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|credential|metadata",
         "the credentials are missing, wrong or expired; set them in the environment",
     ),
     (
         r"AccessDenied|403 Forbidden|401 Unauthorized|Forbidden|AuthorizationPermissionMismatch",
-        "the credentials lack a permission; the tier needs to list, get, put and delete objects under its prefix",
+        "the credentials lack a permission; the tier lists, gets, puts and deletes objects under its prefix. With "
+        "read_only=True, it only lists and gets",
     ),
 )
 
@@ -155,10 +157,12 @@ class BucketStore:
 
         try:
             yield
-        except (FileNotFoundError, CacheFormatError):
+        except CacheFormatError:
             raise
-        except (BaseError, OSError, PermissionError) as error:
+        except (BaseError, OSError) as error:
             text = str(error)
+            if isinstance(error, FileNotFoundError) and not re.search(_NO_BUCKET, text):
+                raise FileNotFoundError(_first_line(error)) from None
             for pattern, remedy in _REMEDIES:
                 if re.search(pattern, text):
                     raise RemoteAccessError(f"{action} {self._address}: {remedy} ({_first_line(error)})") from error

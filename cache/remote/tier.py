@@ -9,6 +9,7 @@ manifests are signed, because whoever can write to the bucket could otherwise pl
 from __future__ import annotations
 
 import random
+import secrets
 import threading
 import time
 import weakref
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -347,7 +349,7 @@ class RemoteTier(Tier):
         self._wake()
 
     def _on_lost(self, entry: Entry, error: Exception) -> None:
-        log.warning("a block could not be uploaded to %s: %s", self._location, error)
+        log.info("a block could not be uploaded to %s: %s", self._location, error)
         self._count("remote_uploads_lost")
         if self._blocks.lose(entry):
             self._on_change()
@@ -371,6 +373,8 @@ class RemoteTier(Tier):
                 publish = self._log.seconds_to_publish(self._publish_seconds)
                 if publish == 0.0 and not self.read_only and probe is None:
                     self._log.publish()
+                if not poller.polled.is_set() or probe is not None:
+                    self._check_access()
                 if now >= poller.next_poll or probe is not None:
                     self._poll(poller, now)
         except Exception as error:
@@ -389,6 +393,21 @@ class RemoteTier(Tier):
         if (publish := self._log.seconds_to_publish(self._publish_seconds)) is not None and not self.read_only:
             dues.append(publish)
         return max(min(dues), 0.0)
+
+    def _check_access(self) -> None:
+        """Write, read and remove a small object. Raises RemoteError if one of that fails.
+
+        A listing alone may succeed where reads and writes are refused.
+        """
+        if self.read_only:
+            return
+        name, content = f"checks/{secrets.token_hex(8)}", b"erllama writes, reads and removes this object"
+        self._store.put(name, [content])
+        began = time.monotonic()
+        with suppress(FileNotFoundError):  # a rule of the bucket removed it at once
+            self._store.get(name, len(content))
+            self._cost.record(len(content), time.monotonic() - began)
+        self._store.delete([name])
 
     def _poll(self, poller: _Poller, now: float) -> None:
         first = not poller.polled.is_set()
