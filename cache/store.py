@@ -93,11 +93,13 @@ class Cache:
         disk_quota: budget of each such directory.
         remote: a bucket or a mounted directory that several machines share, as "s3://bucket/prefix", "gs://…", "az://…",
             "file:///directory" or a path. Buckets need the extra `remote`. It is the slowest tier.
-        remote_key_file: file of the keys that sign blocks there; see `erllama cache new-key`. Required with `remote`.
+        remote_key_file: file of the keys that sign blocks there; see `erllama cache new-key`. Required with
+            `remote`.
         remote_quota: budget of all blocks there, those of other machines included.
-        remote_lifetime: remove blocks there that were not used for so long, as "30d" or in seconds; None to keep them.
-        read_only: read the directories and the remote tier, and never write to them. A directory that holds a cache and cannot
-            be written, such as one on a read-only mount, is always opened read-only.
+        remote_lifetime: remove blocks there that were not used for so long, as "30d" or in seconds; None to
+            keep them.
+        read_only: read the directories and the remote tier, and never write to them. A directory that holds a
+            cache and cannot be written, such as one on a read-only mount, is always opened read-only.
         tiers: tiers of your own, slower than all these, from fast to slow.
         block_size: tokens per block; a power of two from 16 to 4096.
         pin_quota: maximum bytes that pins may protect, in each tier that has pins. None for half of its budget.
@@ -307,8 +309,8 @@ class Cache:
     def fetch(self, blocks: Sequence[Block], seconds_per_token: float | None = None) -> Fetch:
         """Begin to read the blocks that only a remote tier has, in the background. The engine calls it.
 
-        Does not wait. The result is done once the blocks were read, or waiting is not worth it any more: a read must
-        not take longer than computing. `load` and `load_batches` then return them while the result exists.
+        Does not wait. The result is done once the blocks were read, or waiting is not worth it any more: a read
+        must not take longer than computing. `load` and `load_batches` then return them while the result exists.
 
         Args:
             blocks: of a match, from the first that is needed to the last.
@@ -328,9 +330,7 @@ class Cache:
         """
         return self._loader.load(block, local)
 
-    def load_batches(
-        self, blocks: Sequence[Block], *, local: bool = False
-    ) -> Generator[list[Loaded], None, None]:
+    def load_batches(self, blocks: Sequence[Block], *, local: bool = False) -> Generator[list[Loaded], None, None]:
         """Load several blocks in order, and yield them in batches. While the caller uses one, the next is read.
 
         Ends at the first block that `load` would not return. The caller keeps the blocks pinned, and closes the

@@ -1,9 +1,9 @@
 """Fetching: blocks of a remote tier read in the background, for a request that waits for them in the queue.
 
 `Cache.fetch` calls it. The thread of the model never waits for the network: the scheduler leaves a request waiting
-until its fetch is done, and computes other requests meanwhile. A fetch is done when all its blocks were read, when one
-could not be read, or at its deadline. Computing a prefix has a price, so waiting for it has one, too: a fetch that
-should take longer than computing is not begun.
+until its fetch is done, and computes other requests meanwhile. A fetch is done when all its blocks were read, when
+one could not be read, or at its deadline. Computing a prefix has a price, so waiting for it has one, too: a fetch
+that should take longer than computing is not begun.
 """
 
 from __future__ import annotations

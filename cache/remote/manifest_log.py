@@ -1,9 +1,9 @@
 """The manifests of a remote tier as one machine reads and writes them.
 
-A machine publishes what it stored and removed as a new segment, and reads the segments of the others that it has not
-read yet. Any machine merges small segments into larger ones, so that their number stays small: the start of a machine
-costs one short listing and as many reads as there are segments, however many blocks there are. Two machines that
-merge the same segments at once do no harm, because entries may be listed twice.
+A machine publishes what it stored and removed as a new segment, and reads the segments of the others that it has
+not read yet. Any machine merges small segments into larger ones, so that their number stays small: the start of a
+machine costs one short listing and as many reads as there are segments, however many blocks there are. Two machines
+that merge the same segments at once do no harm, because entries may be listed twice.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ class ManifestLog:
         self._refused: set[str] = set()
         self._writer = secrets.token_hex(8)
         self._number = 0
+
+    @property
+    def n_segments(self) -> int:
+        """The number of segments that were read, or written."""
+        return len(self._known)
 
     # --- writing --------------------------------------------------------------------------------------
 
@@ -165,7 +170,9 @@ class ManifestLog:
         with self._lock:
             small = {name: entries for name, entries in self._known.items() if entries is not None}
         writers = {parsed.writer for name in small if (parsed := manifest.parse_name(name))}
-        if len(small) < (2 if always else _MERGE_FROM) or (not always and _random.random() > 1 / max(len(writers), 1)):
+        if len(small) < (2 if always else _MERGE_FROM) or (
+            not always and _random.random() > 1 / max(len(writers), 1)
+        ):
             return
         merged = sorted(small, key=lambda name: len(small[name]))[:_MERGE_AT_ONCE]
         entries = _newest(entry for name in merged for entry in small[name] if self._blocks.counts(entry))
@@ -195,5 +202,3 @@ def _newest(entries: Iterable[Entry]) -> list[Entry]:
         if kind not in found or found[kind].at < entry.at:
             found[kind] = entry
     return list(found.values())
-
-

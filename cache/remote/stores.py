@@ -45,7 +45,7 @@ class ObjectStore(Protocol):
         """
 
     def put(self, name: str, parts: Sequence[Content], *, replace: bool = False) -> bool:
-        """Write an object whole or not at all. Returns False, and writes nothing, if it exists and not `replace`."""
+        """Write an object whole or not at all. Returns False, without a write, if it exists and not `replace`."""
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects. Ignores names that do not exist."""
@@ -94,8 +94,8 @@ def parse_address(value: object) -> Address:
     parts = urlsplit(text)
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise OptionError(
-            f"the address {scheme}://… of remote has credentials or parameters; pass {scheme}://bucket/prefix, and set "
-            "credentials, region and endpoint in the environment"
+            f"the address {scheme}://… of remote has credentials or parameters; pass {scheme}://bucket/prefix, and "
+            "set credentials, region and endpoint in the environment"
         )
     if scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):

@@ -1,9 +1,9 @@
 """The remote tier: a bucket or a mounted directory in which several machines store blocks.
 
-`Cache(remote=…)` creates it. A write hands the block to `Uploads` and returns. A list of the blocks, which manifests
-keep in line with those of other machines, answers lookups. Reads run in threads of the tier: requests wait for them
-only as long as computing would take (see `pipeline/fetcher.py`), and never while the service fails. All blocks and
-manifests are signed, because whoever can write to the bucket could otherwise plant KV.
+`Cache(remote=…)` creates it. A write hands the block to `Uploads` and returns. A list of the blocks, which
+manifests keep in line with those of other machines, answers lookups. Reads run in threads of the tier: requests
+wait for them only as long as computing would take (see `pipeline/fetcher.py`), and never while the service fails.
+All blocks and manifests are signed, because whoever can write to the bucket could otherwise plant KV.
 """
 
 from __future__ import annotations
@@ -209,7 +209,9 @@ class RemoteTier(Tier):
         if self.read_only:
             raise CacheError(f"{self._location} is read-only")
         if not self._uploads.has_room(payload.nbytes):
-            raise RemoteUnreachable(f"{self._uploads.n_bytes} bytes wait to be uploaded to {self._location} already")
+            raise RemoteUnreachable(
+                f"{self._uploads.n_bytes} bytes wait to be uploaded to {self._location} already"
+            )
         entry, older = self._blocks.store(block, self.size(block, payload.nbytes), version_of(block, payload))
         name = entry.object_name
         if older is not None and older.object_name != name:
@@ -304,7 +306,7 @@ class RemoteTier(Tier):
         return self._cost.expected(n_bytes, -(-n_blocks // _READERS))
 
     def record_late(self, n_bytes: int, seconds: float) -> None:
-        """Record that reads of so many bytes exceeded their deadline. Reads are suspended until a probe succeeds."""
+        """Record that reads of so many bytes exceeded their deadline. Suspends reads until a probe succeeds."""
         self._count("remote_reads_late")
         self._cost.record_late(n_bytes, seconds)
         self._breaker.record_late()
@@ -325,17 +327,37 @@ class RemoteTier(Tier):
     def uses(self) -> Iterable[tuple[bytes, int]]:
         return self._blocks.take_uses()
 
-    def repair(self) -> None:
-        """Read all manifests, merge them, and remove objects that no manifest lists."""
-        if self.read_only or not self._is_open:
-            return
-        self.flush()
+    @property
+    def n_manifests(self) -> int:
+        """The number of segments that were read."""
+        return self._log.n_segments
+
+    def read_all(self) -> None:
+        """Read the manifests to the end, however long that takes."""
         with self._turn_lock:
             self._log.read_new()
+
+    def repair(self) -> None:
+        if not self.read_only and self._is_open:
+            self.collect_garbage()
+
+    def collect_garbage(self) -> int:
+        """Read all manifests, merge them, and remove objects older than a day that none of them lists.
+
+        Returns:
+            the number of removed objects.
+        """
+        self.flush()
+        self.read_all()
+        with self._turn_lock:
             self._log.merge(always=True)
         before, known = time.time() - _ORPHAN_SECONDS, self._blocks.names()
-        orphans = [each.name for each in self._store.list("blocks") if each.written < before]
-        self._store.delete(name for name in orphans if name not in known)
+        names = [
+            each.name for kind in ("blocks", "checks") for each in self._store.list(kind) if each.written < before
+        ]
+        orphans = [name for name in names if name not in known]
+        self._store.delete(orphans)
+        return len(orphans)
 
     # --- in the poller's thread, and in those of the uploads -------------------------------------------------
 
@@ -420,7 +442,7 @@ class RemoteTier(Tier):
             self._log.merge()
 
     def _expire(self) -> None:
-        """Remove blocks that were not used for their lifetime. Machines do so at different times, to do it once."""
+        """Remove blocks that were not used for their lifetime. Machines do so at different times."""
         self._blocks.expire_removals()
         if self._lifetime is None:
             return

@@ -1,8 +1,8 @@
 """Uploads and deletions of a remote tier, in threads of its own.
 
 The thread of the write queue hands blocks over and does not wait for the network, which may be much slower than the
-disks that it writes to. Until a block is uploaded, it is read from here. Each object has one operation at a time, so
-that a deletion cannot overtake an upload. While the service does not answer, operations wait for it.
+disks that it writes to. Until a block is uploaded, it is read from here. Each object has one operation at a time,
+so that a deletion cannot overtake an upload. While the service does not answer, operations wait for it.
 """
 
 from __future__ import annotations

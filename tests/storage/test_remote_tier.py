@@ -193,7 +193,9 @@ def test_lists_agree_in_whatever_order_segments_are_read() -> None:
     forwards, backwards = BlockList(), BlockList()
     forwards.merge(events)
     backwards.merge([*events[::-1], *events[::-1]])
-    assert {(r.block.key, r.n_bytes) for r in forwards.rows()} == {(r.block.key, r.n_bytes) for r in backwards.rows()}
+    assert {(r.block.key, r.n_bytes) for r in forwards.rows()} == {
+        (r.block.key, r.n_bytes) for r in backwards.rows()
+    }
     assert forwards.names() == backwards.names()
     assert all("74776f" in name for name in forwards.names())
 
@@ -334,7 +336,9 @@ def test_a_manifest_is_no_block_and_an_unsigned_one_is_ignored(tmp_path: Path) -
         signer.open("block", memoryview(packed))
     with cache_in(tmp_path) as cache:
         save(cache, MANY)
-    forged = manifest.encode([Entry(Event.REMOVED, 2**62, block.key) for block in blocks_of(MANY)], Signer(OTHER_KEYS))
+    forged = manifest.encode(
+        [Entry(Event.REMOVED, 2**62, block.key) for block in blocks_of(MANY)], Signer(OTHER_KEYS)
+    )
     (tmp_path / "manifests/0123456789abcdef-00000001-10").write_bytes(b"".join(forged))
     with cache_in(tmp_path) as cache:
         assert loaded(cache, MANY) == 10
@@ -522,7 +526,7 @@ def test_a_fetch_brings_blocks_without_a_wait(failing: Failing) -> None:
         failing.go_on.set()
         wait_until(lambda: fetched.done)  # type: ignore[attr-defined]
         assert n_local() == 10
-        del fetched
+        fetched = None
         assert n_local() == 0, "without a faster tier, they are dropped with the fetch"
 
 
