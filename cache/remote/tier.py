@@ -49,6 +49,8 @@ _CLOSE_SECONDS = 60.0  # that closing waits for uploads
 _POLL_SECONDS = 60.0  # between two listings of the manifests: each costs a request, on each machine
 _PUBLISH_SECONDS = 5.0  # that a stored block may be unknown to other machines
 _READERS = 4
+READS_PER_POLL = 32  # segments: more are read once another machine has merged them
+_WRITERS_PER_DELAY = 20  # machines beyond which each publishes less often, so that segments stay few
 _USE_STEP_NS = 3600 * 10**9  # uses are told to other machines this rarely
 _ORPHAN_SECONDS = 24 * 3600.0  # an object that no manifest lists by then belongs to a machine that ended before
 _UPLOAD_BYTES = 256 << 20
@@ -392,7 +394,7 @@ class RemoteTier(Tier):
             with self._turn_lock:
                 if poller is not self._poller:
                     return 0.0  # the tier was closed
-                publish = self._log.seconds_to_publish(self._publish_seconds)
+                publish = self._log.seconds_to_publish(self._publish_delay)
                 if publish == 0.0 and not self.read_only and probe is None:
                     self._log.publish()
                 if not poller.polled.is_set() or probe is not None:
@@ -412,9 +414,14 @@ class RemoteTier(Tier):
         if self._blocks.has_changes:
             self._on_change()
         dues = [poller.next_poll - time.monotonic()]
-        if (publish := self._log.seconds_to_publish(self._publish_seconds)) is not None and not self.read_only:
+        if (publish := self._log.seconds_to_publish(self._publish_delay)) is not None and not self.read_only:
             dues.append(publish)
         return max(min(dues), 0.0)
+
+    @property
+    def _publish_delay(self) -> float:
+        delay = self._publish_seconds * max(self._log.n_writers / _WRITERS_PER_DELAY, 1.0)
+        return min(delay, max(self._poll_seconds, self._publish_seconds))
 
     def _check_access(self) -> None:
         """Write, read and remove a small object. Raises RemoteError if one of that fails.
@@ -432,14 +439,16 @@ class RemoteTier(Tier):
         self._store.delete([name])
 
     def _poll(self, poller: _Poller, now: float) -> None:
-        first = not poller.polled.is_set()
-        complete = self._log.read_new(now + _START_SECONDS)
+        first, caught_up = not poller.polled.is_set(), poller.caught_up
+        complete = self._log.read_new(now + _START_SECONDS, READS_PER_POLL if caught_up else None)
+        poller.caught_up = caught_up or complete
         # Machines that start together must not list together.
         poller.next_poll = now + self._poll_seconds * _random.uniform(0.75, 1.25) if complete else now
         poller.report(None)
         if not first and complete and not self.read_only:
             self._expire()
-            self._log.merge()
+            if self._log.should_merge:
+                self._log.merge()
 
     def _expire(self) -> None:
         """Remove blocks that were not used for their lifetime. Machines do so at different times."""
@@ -465,6 +474,7 @@ class _Poller:
         error: why the last attempt failed; None if it succeeded.
         wake: set to begin the next turn now.
         next_poll: when to read the manifests next, by time.monotonic().
+        caught_up: whether all manifests that there were at the start have been read.
     """
 
     def __init__(self, tier: RemoteTier) -> None:
@@ -472,6 +482,7 @@ class _Poller:
         self.error: RemoteError | None = None
         self.wake = threading.Event()
         self.next_poll = 0.0
+        self.caught_up = False
         self._stopped = False
         reference = weakref.ref(tier)
         thread = threading.Thread(target=self._run, args=(reference,), name="erllama-remote-poller", daemon=True)

@@ -201,7 +201,7 @@ def test_lists_agree_in_whatever_order_segments_are_read() -> None:
 
 
 def test_manifests_are_merged_and_stay_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erllama.cache.remote.manifest_log._MERGE_FROM", 8)
+    monkeypatch.setattr("erllama.cache.remote.manifest_log._MERGE_FROM", 4)
     with cache_in(tmp_path) as cache:
         for i in range(30):
             save(cache, np.full(SIZE, i, np.int32))
