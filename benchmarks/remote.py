@@ -30,14 +30,14 @@ from erllama.cache.remote.manifest import Entry, Event
 from erllama.cache.remote.manifest_log import ManifestLog
 from erllama.cache.remote.options import open_store
 from erllama.cache.remote.signatures import Signer
-from erllama.cache.remote.stores import Stored
+from erllama.cache.remote.stores import Stored, do_nothing
 from erllama.cache.remote.tier import READS_PER_POLL, RemoteTier
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from support.storage.network import bucket_server, environment, proxied
 
-N_TOKENS = 300
+N_TOKENS = 900
 BLOCK_SIZE = 256
 T = TypeVar("T")
 # Prices of S3 in us-east-1 in dollars. Traffic within the region is free.
@@ -68,7 +68,7 @@ def measure_outage(seconds: float) -> None:
             keys = read_key_file(directory / "key")
             return RemoteTier(open_store("s3://bucket/a"), "s3://bucket/a", keys, 10**12)
 
-        n_prompts = 30
+        n_prompts = 18
         cache, model = open_model(directory, tier())
         with cache, model:
             for number in range(n_prompts):
@@ -77,15 +77,15 @@ def measure_outage(seconds: float) -> None:
         cache, model = open_model(directory, tier())
         cold_cache, cold = open_model(directory, None)
         with cache, model, cold_cache, cold:
-            hit = [model.complete(prompt(number), max_tokens=1) for number in range(2)]
+            hit = [model.complete(prompt(number), max_tokens=1) for number in range(3)]
             print(f"before: {[completion.cache.tokens for completion in hit]} of {N_TOKENS} tokens from the bucket")
             for kind in ("gone", "black_hole"):
                 setattr(proxy, kind, True)
                 ends = time.monotonic() + seconds / 2
                 shares: list[float] = []
                 ratios: list[float] = []
-                number = 1 if kind == "gone" else 14
-                while time.monotonic() < ends and len(shares) < 12:
+                number = 2 if kind == "gone" else 9
+                while time.monotonic() < ends and len(shares) < 7:
                     number += 1
                     began = time.perf_counter()
                     cold.complete(prompt(1000 + number), max_tokens=1)
@@ -94,7 +94,7 @@ def measure_outage(seconds: float) -> None:
                     timings = model.complete(prompt(number), max_tokens=1).timings
                     ratios.append((time.perf_counter() - began) / computing)
                     shares.append((timings.queued + timings.restore) / computing)
-                    time.sleep(max(seconds / 2 / 12 - 2 * computing, 0))
+                    time.sleep(max(seconds / 2 / 7 - 2 * computing, 0))
                 print(
                     f"{kind}: {len(shares)} requests in {seconds / 2:g} s; wait for the tier, by the cold "
                     f"request beside it: largest {max(shares):.3f}, median {statistics.median(shares):.4f}; "
@@ -104,7 +104,7 @@ def measure_outage(seconds: float) -> None:
                 setattr(proxy, kind, False)
                 while cache.disk_error is not None:
                     time.sleep(0.2)
-            again = model.complete(prompt(29), max_tokens=1)
+            again = model.complete(prompt(17), max_tokens=1)
             counters = cache.counters()
             print(f"after: {again.cache.tokens} tokens from the bucket")
             print({name: n for name, n in counters.items() if name.startswith("remote") and n})
@@ -139,7 +139,7 @@ class CountingStore:
         self.objects: dict[str, bytes] = {}
         self.counts: Counter[str] = Counter()
 
-    def get(self, name: str, limit: int) -> memoryview:
+    def get(self, name: str, limit: int, on_response: Callable[[], None] = do_nothing) -> memoryview:
         self.counts["gets"] += 1
         if name not in self.objects:
             raise FileNotFoundError(name)
@@ -162,12 +162,22 @@ class CountingStore:
 
 
 class InPlace(DaemonThreads):
-    """Runs calls at once."""
+    """Reads segments at once, and decodes each only once for all machines."""
+
+    def __init__(self, store: CountingStore) -> None:
+        super().__init__(1, "inline")
+        self._store = store
+        self._decoded: dict[str, object] = {}
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
+        name = str(getattr(call, "name", ""))
         try:
-            future.set_result(call())
+            if name in self._decoded and name in self._store.objects:
+                self._store.get(name, 0)
+            else:
+                self._decoded[name] = call()
+            future.set_result(self._decoded[name])  # type: ignore[arg-type]
         except Exception as error:
             future.set_exception(error)
         return future
@@ -178,9 +188,10 @@ def simulate(n_machines: int, minutes: int, kv_bytes_per_token: int) -> None:
     payload = kv_bytes_per_token * BLOCK_SIZE
     signer, store, namespace = Signer(_some_keys()), CountingStore(), namespace_key({"model": "a"})
     machines: list[tuple[BlockList, ManifestLog]] = []
+    threads = InPlace(store)
     for _ in range(n_machines):
         blocks = BlockList()
-        log = ManifestLog(store, signer, blocks, InPlace(1, "inline"), lambda name, n: None, lambda entries: None)
+        log = ManifestLog(store, signer, blocks, threads, lambda name, n: None, lambda entries: None)
         machines.append((blocks, log))
     dice, n_stored = np.random.default_rng(0), 0
     for minute in range(minutes):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from erllama.cache.remote.stores import Address, Content, ObjectStore, Stored
+from erllama.cache.remote.stores import Address, Content, ObjectStore, Stored, do_nothing
 from erllama.checks import import_optional
 from erllama.errors import CacheFormatError, OptionError, RemoteAccessError, RemoteUnreachable
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import obstore.store
 
 _CONNECT_SECONDS = 3.0  # a machine that does not answer a connection by then is not reachable
-_RETRIES = 1  # failures are counted and reported here, so obstore must not hide them for long
+_RETRIES = 0  # reads are not worth a second wait, and the tier itself repeats all else
 _DELETE_BATCH = 1000  # the most that one request of S3 may name
 _LONGEST_MESSAGE = 300
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3", "GOOGLE_BASE_URL", "AZURE_ENDPOINT")
@@ -92,11 +92,12 @@ class BucketStore:
     def __init__(self, store: obstore.store.ObjectStore, address: str) -> None:
         self._store, self._address = store, address
 
-    def get(self, name: str, limit: int) -> memoryview:
+    def get(self, name: str, limit: int, on_response: Callable[[], None] = do_nothing) -> memoryview:
         import obstore
 
         with self._errors("reading"):
             result = obstore.get(self._store, name)
+            on_response()
             if result.meta["size"] > limit:
                 raise CacheFormatError(f"an object of {result.meta['size']} bytes; at most {limit} are expected")
             return memoryview(result.bytes())

@@ -222,10 +222,10 @@ class _Read:
     """Reads one segment."""
 
     def __init__(self, store: ObjectStore, signer: Signer, name: str) -> None:
-        self._store, self._signer, self._name = store, signer, name
+        self._store, self._signer, self.name = store, signer, name
 
     def __call__(self) -> list[Entry]:
-        return manifest.decode(self._store.get(self._name, manifest.MAX_SEGMENT_BYTES), self._signer)
+        return manifest.decode(self._store.get(self.name, manifest.MAX_SEGMENT_BYTES), self._signer)
 
 
 def _newest(entries: Iterable[Entry]) -> list[Entry]:

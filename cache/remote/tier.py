@@ -31,7 +31,7 @@ from erllama.cache.remote.health import CircuitBreaker, ReadCost
 from erllama.cache.remote.manifest import Entry, version_of
 from erllama.cache.remote.manifest_log import ManifestLog
 from erllama.cache.remote.signatures import SIGNATURE_BYTES, Signer
-from erllama.cache.remote.stores import ObjectStore
+from erllama.cache.remote.stores import ObjectStore, do_nothing
 from erllama.cache.remote.uploads import KIND, Uploads
 from erllama.cache.tiers.tier import Changes, Tier, TierRow
 from erllama.errors import CacheError, CacheFormatError, RemoteError, RemoteUnreachable, SignatureRefused
@@ -101,7 +101,7 @@ class RemoteTier(Tier):
         self._counts_lock = threading.Lock()
         self._own: set[str] = set()  # names of the objects that this machine stored
         self._refused: dict[str, bool] = {}  # objects whose signature was refused, and whether their key is unknown
-        self._on_change: Callable[[], None] = _do_nothing
+        self._on_change: Callable[[], None] = do_nothing
         self._is_open = False
         self._turn_lock = threading.Lock()  # one thread at a time reads and writes manifests
         self._poller: _Poller | None = None
@@ -245,8 +245,12 @@ class RemoteTier(Tier):
         payload = self._uploads.get(entry.object_name)
         return (entry.block, payload) if payload is not None and entry.block is not None else None
 
-    def read_now(self, block: Block) -> tuple[Block, memoryview]:
-        """Read a block in this thread, however long it takes. Raises as `read` does."""
+    def read_now(self, block: Block, on_response: Callable[[], None] = do_nothing) -> tuple[Block, memoryview]:
+        """Read a block in this thread, however long it takes. Raises as `read` does.
+
+        Args:
+            on_response: called when the service has begun to answer.
+        """
         entry = self._entry(block)
         if (waiting := self._waiting(entry)) is not None:
             return waiting
@@ -255,7 +259,7 @@ class RemoteTier(Tier):
         self._count("remote_reads")
         began = time.monotonic()
         try:
-            content = self._store.get(entry.object_name, entry.n_bytes)
+            content = self._store.get(entry.object_name, entry.n_bytes, on_response)
         except RemoteError as error:
             self._breaker.record_failure(error)
             self._wake()
@@ -306,6 +310,11 @@ class RemoteTier(Tier):
     def expected_seconds(self, n_bytes: int, n_blocks: int) -> float:
         """Return how long it should take to read some blocks of so many bytes together, by recent reads."""
         return self._cost.expected(n_bytes, -(-n_blocks // _READERS))
+
+    @property
+    def round_trip_seconds(self) -> float:
+        """How long the service should take until it begins to answer, by recent reads."""
+        return self._cost.expected(0)
 
     def record_late(self, n_bytes: int, seconds: float) -> None:
         """Record that reads of so many bytes exceeded their deadline. Suspends reads until a probe succeeds."""
@@ -506,7 +515,3 @@ class _Poller:
             del tier
             if delay > 0:
                 self.wake.wait(min(delay, 1.0))
-
-
-def _do_nothing() -> None:
-    """Stand in for the callback of `watch` until it is called."""

@@ -203,6 +203,17 @@ def loaded_model(cache: Cache) -> erllama.Model:
     return erllama.load_model(erllama.demo_model(), cache=cache, n_ctx=1024, n_seq_max=2, n_threads=1)
 
 
+@pytest.fixture
+def slow_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure any model as one that takes hours, so that a fetch has a deadline of minutes."""
+
+    def record(cost: PrefillCost, n_tokens: int, seconds: float) -> None:
+        cost.seconds_per_token = 100.0
+
+    monkeypatch.setattr(PrefillCost, "record", record)
+
+
+@pytest.mark.usefixtures("slow_model")
 def test_a_model_restores_a_prompt_from_a_bucket(proxy: Proxy, key_file: Path) -> None:
     with bucket_cache("model", key_file) as cache, loaded_model(cache) as model:
         expected = model.complete(PROMPT, max_tokens=4, temperature=0).tokens
@@ -215,15 +226,9 @@ def test_a_model_restores_a_prompt_from_a_bucket(proxy: Proxy, key_file: Path) -
         assert found.cache.tokens == len(PROMPT) - 1
 
 
-def test_a_request_never_waits_in_the_model_thread(
-    proxy: Proxy, key_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("slow_model")
+def test_a_request_never_waits_in_the_model_thread(proxy: Proxy, key_file: Path) -> None:
     """While one request waits for a bucket that is silent, another one is computed to its end."""
-
-    def record(cost: PrefillCost, n_tokens: int, seconds: float) -> None:
-        cost.seconds_per_token = 100.0  # so that the fetch has a deadline of half an hour
-
-    monkeypatch.setattr(PrefillCost, "record", record)
     with bucket_cache("silent", key_file) as cache, loaded_model(cache) as model:
         model.complete(PROMPT, max_tokens=1)
         assert cache.flush()

@@ -21,6 +21,7 @@ from erllama.cache.remote.directory_store import DirectoryStore
 from erllama.cache.remote.health import CircuitBreaker, ReadCost
 from erllama.cache.remote.manifest import Entry, Event
 from erllama.cache.remote.signatures import Signer
+from erllama.cache.remote.stores import do_nothing
 from erllama.cache.remote.tier import RemoteTier
 from erllama.errors import (
     CacheError,
@@ -423,9 +424,9 @@ class Failing(DirectoryStore):
     error: Exception | None = None
     go_on: threading.Event | None = None
 
-    def get(self, name: str, limit: int) -> memoryview:
+    def get(self, name: str, limit: int, on_response: Callable[[], None] = do_nothing) -> memoryview:
         self.call()
-        return super().get(name, limit)
+        return super().get(name, limit, on_response)
 
     def put(self, name: str, parts: object, *, replace: bool = False) -> bool:
         self.call()
@@ -535,7 +536,7 @@ def test_a_late_fetch_ends_at_its_deadline(failing: Failing) -> None:
         save(cache, MANY)
         cache.flush()
         failing.go_on = threading.Event()
-        fetched, n_local = fetch(cache, 0.01)
+        fetched, n_local = fetch(cache, 0.1)
         wait_until(lambda: fetched.done)  # type: ignore[attr-defined]
         assert n_local() == 0
         assert cache.counters()["remote_reads_late"] == 1
@@ -551,6 +552,18 @@ def test_a_fetch_slower_than_computing_is_not_begun(failing: Failing) -> None:
         assert fetched.done  # type: ignore[attr-defined]
         assert cache.counters()["remote_reads_skipped"] == 1
         wait_until(lambda: cache.counters()["remote_reads"] == 1)  # one, to measure, that no request waits for
+
+
+def test_a_service_far_away_is_read_for_the_next_request(failing: Failing, tmp_path: Path) -> None:
+    with failing_cache(failing) as cache:
+        save(cache, MANY)
+    tier = RemoteTier(failing, "there", KEYS, 10**6)
+    with Cache(ram=10**6, block_size=SIZE, tiers=[tier]) as cache:
+        tier._cost.record(100, 100.0)
+        fetched, n_local = fetch(cache, 2.0)
+        assert fetched.done  # type: ignore[attr-defined]
+        assert cache.counters()["remote_reads_skipped"] == 1
+        wait_until(lambda: n_local() == 10)
 
 
 def test_the_breaker_suspends_at_once_and_opens_after_three() -> None:
