@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
-from weakref import WeakSet
 
 from erllama.cache.blocks.block import Block
 from erllama.cache.catalog.catalog import BlockCatalog
@@ -117,7 +116,6 @@ class Fetcher:
 
     def __init__(self, lock: threading.RLock, catalog: BlockCatalog, loader: Loader) -> None:
         self._lock, self._catalog, self._loader = lock, catalog, loader
-        self._fetches: WeakSet[Fetch] = loader.fetches
         self._measure_after = 0.0  # by time.monotonic()
 
     def fetch(self, blocks: Sequence[Block], seconds_per_token: float | None) -> Fetch:
@@ -145,7 +143,7 @@ class Fetcher:
             self._begin(Fetch(wanted), wanted)
             return Fetch()
         fetch = Fetch(wanted, now + min(computing, max(_SLACK * expected, first_limit)), now + first_limit)
-        self._fetches.add(fetch)
+        self._loader.fetches.add(fetch)
         self._begin(fetch, wanted)
         return fetch
 

@@ -107,8 +107,9 @@ class BlockList:
                     older, self._entries[entry.key] = known, entry
                     self._changed.add(entry.key)
                 newest = self._entries[entry.key]
-                both_stored = older is not None and older.block is not None and newest.block is not None
-                if both_stored and older.version != newest.version:
+                if older is None or older.block is None or newest.block is None:
+                    continue
+                if older.version != newest.version:
                     replaced.append(older)
         return replaced
 

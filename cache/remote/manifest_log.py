@@ -203,8 +203,8 @@ class ManifestLog:
             self._write(entries[at : at + manifest.MAX_ENTRIES])
         self._store.delete(merged)  # only now: until then, a machine that starts reads these
         with self._lock:
-            for name in merged:
-                self._known.pop(name, None)
+            for text in merged:
+                self._known.pop(text, None)
 
 
 def _due(small: Iterable[SegmentName]) -> list[SegmentName]:

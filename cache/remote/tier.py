@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
@@ -33,7 +33,7 @@ from erllama.cache.remote.manifest_log import ManifestLog
 from erllama.cache.remote.signatures import SIGNATURE_BYTES, Signer
 from erllama.cache.remote.stores import ObjectStore, do_nothing
 from erllama.cache.remote.uploads import KIND, Uploads
-from erllama.cache.tiers.tier import Changes, Tier, TierRow
+from erllama.cache.tiers.tier import Changes, Problem, Tier, TierRow
 from erllama.errors import CacheError, CacheFormatError, RemoteError, RemoteUnreachable, SignatureRefused
 
 T = TypeVar("T")
@@ -283,6 +283,13 @@ class RemoteTier(Tier):
         if any(getattr(found, name) != getattr(block, name) for name in fields):
             raise CacheFormatError("the object contains another block than the manifest says")
         return found, payload
+
+    def verify(self) -> Iterator[Problem]:
+        for row in self.rows():
+            try:
+                self.read(row.block)
+            except (CacheError, OSError) as error:
+                yield Problem(self.name, self.location_of(row.block), str(error))
 
     def remove(self, keys: Sequence[bytes]) -> None:
         for key in keys:
