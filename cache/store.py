@@ -57,6 +57,7 @@ from erllama.cache.pipeline.tier_writer import TierWriter
 from erllama.cache.pipeline.write_queue import PendingSave, WriteQueue
 from erllama.cache.pressure.pressure import Pressure, PressureWatch
 from erllama.cache.remote.options import DEFAULT_QUOTA, create_remote_tier, remote_options
+from erllama.cache.remote.tier import busy_tiers
 from erllama.cache.sharing.members import CacheMember, MemberReport, Members
 from erllama.cache.sharing.spec import CacheSpec, root_specs
 from erllama.cache.sizes import parse_bytes
@@ -829,7 +830,8 @@ _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
 
 def close_all() -> None:
     """Close every cache, at exit. Logs one that fails and closes the rest."""
-    for close in [*(cache.close for cache in _open_caches), *(tiers.close for tiers in _open_tier_sets)]:
+    closing = [*(cache.close for cache in _open_caches), *(tiers.close for tiers in _open_tier_sets)]
+    for close in [*closing, *(tier.close for tier in busy_tiers)]:
         try:
             close()
         except BaseException:  # of one cache: close the others
@@ -842,6 +844,7 @@ def _after_fork_in_child() -> None:
         cache._forked()
     _open_caches.clear()
     _open_tier_sets.clear()
+    busy_tiers.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -74,6 +74,11 @@ class ManifestLog:
         self.n_due = self.n_writers = 0
 
     @property
+    def has_waiting(self) -> bool:
+        """Whether entries wait to be published."""
+        return bool(self._waiting)
+
+    @property
     def n_segments(self) -> int:
         """The number of segments that were read, or written."""
         return len(self._known)

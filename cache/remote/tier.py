@@ -55,6 +55,9 @@ _USE_STEP_NS = 3600 * 10**9  # uses are told to other machines this rarely
 _ORPHAN_SECONDS = 24 * 3600.0  # an object that no manifest lists by then belongs to a machine that ended before
 _UPLOAD_BYTES = 256 << 20
 
+# Tiers with blocks that are not uploaded, or not in a manifest yet. A cache that was dropped does not lose them.
+busy_tiers: set[RemoteTier] = set()
+
 
 class RemoteTier(Tier):
     """Blocks in a bucket or a mounted directory, shared by any number of machines.
@@ -179,6 +182,7 @@ class RemoteTier(Tier):
             poller.stop()
         self._uploads.abandon()
         self._forget()
+        busy_tiers.discard(self)
 
     def flush(self, timeout: float | None = None) -> bool:
         deadline = time.monotonic() + (_CLOSE_SECONDS if timeout is None else timeout)
@@ -220,6 +224,7 @@ class RemoteTier(Tier):
             self._uploads.delete([older.object_name])
         self._own.add(name)
         self._uploads.add(entry, payload, replace=self._refused.pop(name, None) is not None)
+        busy_tiers.add(self)
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
         entry = self._entry(block)
@@ -429,6 +434,9 @@ class RemoteTier(Tier):
             self._uploads.resume()
         if self._blocks.has_changes:
             self._on_change()
+        busy_tiers.discard(self)
+        if not self._uploads.idle or self._log.has_waiting:
+            busy_tiers.add(self)
         dues = [poller.next_poll - time.monotonic()]
         if (publish := self._log.seconds_to_publish(self._publish_delay)) is not None and not self.read_only:
             dues.append(publish)

@@ -78,6 +78,11 @@ class Uploads:
         """Bytes of payloads that wait."""
         return self._n_bytes
 
+    @property
+    def idle(self) -> bool:
+        """Whether no operation waits or runs."""
+        return not self._jobs
+
     def has_room(self, n_bytes: int) -> bool:
         """Return whether a payload may be added."""
         return self._n_bytes + n_bytes <= self._limit_bytes and len(self._jobs) < _MOST_WAITING

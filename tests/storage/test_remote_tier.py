@@ -32,8 +32,10 @@ from erllama.errors import (
     SignatureRefused,
 )
 from erllama.testing import CacheMachine, TierConformance
+from support.paths import TESTS
 from support.storage.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
 from support.storage.members import sent
+from support.subprocesses import must_run
 from support.threads import wait_until
 
 EXAMPLES = int(os.environ.get("ERLLAMA_HARNESS_EXAMPLES", "15"))
@@ -260,6 +262,24 @@ def test_a_model_in_another_process_gets_the_remote_tier(tmp_path: Path) -> None
         with Cache.of_spec(spec) as child:
             assert child.tier_names == ("disk", "remote")
             save(child, MANY)
+    with Cache(ram=0, remote=tmp_path / "bucket", remote_key_file=tmp_path / "key", block_size=SIZE) as cache:
+        assert loaded(cache, MANY) == 10
+
+
+def test_a_dropped_cache_is_still_uploaded(tmp_path: Path) -> None:
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(TESTS)!r})
+        from pathlib import Path
+        import numpy as np
+        from support.storage.blocks import SIZE, save
+        from erllama.cache import Cache
+        cache = Cache(ram=0, remote=Path(sys.argv[1]), remote_key_file=sys.argv[2], block_size=SIZE)
+        save(cache, np.arange(10 * SIZE, dtype=np.int32))
+        del cache
+    """
+    create_key_file(tmp_path / "key")
+    must_run(program, tmp_path / "bucket", tmp_path / "key")
     with Cache(ram=0, remote=tmp_path / "bucket", remote_key_file=tmp_path / "key", block_size=SIZE) as cache:
         assert loaded(cache, MANY) == 10
 
