@@ -43,7 +43,7 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model real-models agents test test-routers test-page test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model real-models agents test test-routers test-remote test-page test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -171,6 +171,12 @@ stress: test-models
 	tests/storage/test_crashes.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \
 	tests/structured/test_constrained.py tests/structured/test_schema_numbers.py tests/exactness/test_speculation.py tests/exactness/test_resumption.py tests/exactness/test_adapters_cached.py tests/structured/test_tool_values.py tests/process/test_signals.py tests/supervision/test_deaths.py tests/supervision/test_exact_continuation.py tests/server/test_load.py tests/server/test_several_models.py
 	ERLLAMA_EXAMPLES=$(or $(EXAMPLES),20) $(BIN)/python -m pytest --timeout 3600 --durations=25 $(PROPERTY_TESTS)
+
+# The tests of the remote tier with more examples, then what requests pay while the bucket is gone for a minute, and what
+# the manifests of 1,000 machines cost. Takes about ten minutes.
+test-remote: setup-dev
+	ERLLAMA_HARNESS_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1800 tests/storage/test_remote_tier.py tests/storage/test_remote_bucket.py
+	$(BIN)/python benchmarks/remote.py
 
 # Compare with llama.cpp's own tools, which are built first, on a generated model and on the real ones. Takes an hour
 # on an otherwise idle machine. BENCH holds further arguments, as BENCH="--shape 1.1b --runs 3 one agents".
