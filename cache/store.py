@@ -34,6 +34,7 @@ from erllama.cache.options import (
     Directories,
     as_read_only,
     checked_block_size,
+    checked_key_file,
     custom_tiers,
     directories,
     file_tiers,
@@ -61,7 +62,7 @@ from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.ram_tier import RamTier
 from erllama.cache.tiers.tier import Problem, Tier
 from erllama.cache.uninterrupted import run_behind, uninterrupted
-from erllama.checks import boolean, reject_unknown
+from erllama.checks import boolean, encodable, reject_unknown
 from erllama.errors import CacheError, IntegrityError, OptionError
 
 log = logger("erllama.cache")
@@ -87,6 +88,8 @@ class Cache:
             True for the user's cache directory; None for no disk. Several directories are one tier: pass a sequence
             of them, or a mapping to their quotas.
         disk_quota: budget of each such directory.
+        key_file: file of secret keys that encrypts the directories, `ram_file` included, and remembered texts; made
+            by `erllama cache new-key`. None for no encryption. Needs the extra `encryption`.
         read_only: read the directories and never write to them. A directory that holds a cache and cannot
             be written, such as one on a read-only mount, is always opened read-only.
         tiers: tiers of your own, slower than all these, from fast to slow.
@@ -98,9 +101,11 @@ class Cache:
 
     Raises:
         OptionError: an option is unknown, ill-typed or out of range.
+        CacheKeyError: the key file is missing, is not private, or has no key.
+        MissingPackage: there is a key file, and the package `cryptography` is not installed.
 
-    A directory that cannot be used does not raise. The cache continues without
-    it, logs the reason, keeps it in `disk_error`, and tries again from time to time.
+    A directory that cannot be used, for example one that is encrypted with another key, does not raise. The cache
+    continues without it, logs the reason, keeps it in `disk_error`, and tries again from time to time.
     """
 
     def __init__(
@@ -111,6 +116,7 @@ class Cache:
         ram_file_quota: str | int = "4GiB",
         disk: Directories = None,
         disk_quota: str | int = "50GiB",
+        key_file: str | Path | None = None,
         read_only: bool = False,
         tiers: Sequence[Tier] = (),
         block_size: int = 256,
@@ -127,10 +133,11 @@ class Cache:
         queue_bytes = parse_bytes("write_queue", write_queue)
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
         self._watch = boolean("watch", watch)
+        self._key_file = checked_key_file(key_file)
         if boolean("read_only", read_only):
             roots = as_read_only(roots)
         all_tiers: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
-        all_tiers += file_tiers(roots, self._watch)
+        all_tiers += file_tiers(roots, self._watch, self._key_file)
         self._custom_tiers = custom_tiers(tiers)
         # Created before any directory is opened, because it raises if its source is not available.
         self._pressure = self._pressure_watch(Pressure.of(pressure))
@@ -145,8 +152,10 @@ class Cache:
         cache = cls.__new__(cls)
         cache.ram_budget, cache.block_size, cache._watch = spec.ram, spec.block_size, spec.watch
         cache._custom_tiers, cache._pressure, cache._pin_quota = [], None, spec.pin_quota
+        cache._key_file = None if spec.key_file is None else Path(spec.key_file)
         tiers: list[Tier] = [RamTier(spec.ram)] if spec.ram else []
-        cache._start([*tiers, *file_tiers(spec.as_roots(), spec.watch)], spec.write_queue, frozenset(["ram_file"]))
+        tiers += file_tiers(spec.as_roots(), spec.watch, cache._key_file)
+        cache._start(tiers, spec.write_queue, frozenset(["ram_file"]))
         return cache
 
     def _start(self, tiers: list[Tier], queue_bytes: int, immediate: frozenset[str] = frozenset()) -> None:
@@ -209,7 +218,7 @@ class Cache:
         self._report = CacheReport(catalog, counters, queue, tier_set)
         self._catalog, self._queue, self._tier_set = catalog, queue, tier_set
         self._evictor, self._feed = evictor, feed
-        self._memory_directory = MemoryDirectory(tier_set, feed, self._watch, self._id)
+        self._memory_directory = MemoryDirectory(tier_set, feed, self._watch, self._id, self._key_file)
         feed.open_all()
         if tiers:
             _open_tier_sets.add(tier_set)
@@ -525,6 +534,7 @@ class Cache:
                 self._queue.limit_bytes,
                 self._watch,
                 self._pin_quota,
+                None if self._key_file is None else encodable("key_file", str(self._key_file)),
             )
             self._check_open()
             return spec
@@ -560,6 +570,11 @@ class Cache:
     def closed(self) -> bool:
         """Whether it was closed, or belongs to the process that forked this one. It then stores no blocks."""
         return self._closing
+
+    @property
+    def key_file(self) -> Path | None:
+        """The file of the keys that encrypt the directories; None without encryption."""
+        return self._key_file
 
     @property
     def persistent(self) -> bool:

@@ -35,6 +35,7 @@ class CacheSpec:
         write_queue: maximum bytes that may wait for the slower tiers.
         watch: notice files that others put into the directories or remove from them.
         pin_quota: maximum bytes that the pins of a tier may protect; None for half of its budget.
+        key_file: file of the keys that encrypt the directories; None for no encryption. The other process reads it.
     """
 
     ram: int
@@ -43,6 +44,7 @@ class CacheSpec:
     write_queue: int
     watch: bool
     pin_quota: int | None = None
+    key_file: str | None = None
 
     def as_plain(self) -> dict[str, Any]:
         """Return the fields as numbers, texts, lists, tuples and booleans, by name."""

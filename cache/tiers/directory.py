@@ -1,7 +1,7 @@
 """Layout of a cache directory, and the locks by which processes share it.
 
     <root>/index.db       the list of the stored blocks
-    <root>/blocks/        one file per block, named by its key
+    <root>/blocks/        one file per block, named by its key, or by its encrypted key
     <root>/partial/       files being written
     <root>/owners/        one locked file for every process that has the directory open
     <root>/damaged/       the last few files that were invalid
@@ -31,13 +31,15 @@ import psutil
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
+from erllama.cache.blocks.encryption import NAME_OVERHEAD
 from erllama.cache.blocks.keys import KEY_BYTES
 from erllama.errors import CacheError
 
 log = logger("erllama.cache")
 
 INDEX_NAME = "index.db"
-BLOCK_FILE = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}{re.escape(kvc.SUFFIX)}")  # the key in hex
+# The key in hex, or the encrypted key.
+BLOCK_FILE = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}([0-9a-f]{{{2 * NAME_OVERHEAD}}})?{re.escape(kvc.SUFFIX)}")
 # Names of a cache, and of what else the user's cache directory contains. The mode of a directory with other names
 # in it is not changed.
 _OWN_NAMES = {"blocks", "partial", "owners", "damaged", "llama", "models", "responses.sqlite", "signing-key"}
@@ -327,14 +329,23 @@ def _ensure_private(path: Path) -> None:
 # --- block files -----------------------------------------------------------------------------
 
 
-def block_path(root: Path, key: bytes) -> Path:
-    """Return the path of a block's file."""
-    return root / "blocks" / f"{key.hex()}{kvc.SUFFIX}"
+def block_path(root: Path, name: bytes) -> Path:
+    """Return the path of the file of a block.
+
+    Args:
+        name: the key of the block, or its encrypted key.
+    """
+    return root / "blocks" / f"{name.hex()}{kvc.SUFFIX}"
 
 
-def block_key(name: str) -> bytes | None:
-    """Return the key in a file name; None if it is not the name of a block file."""
-    return bytes.fromhex(name.removesuffix(kvc.SUFFIX)) if BLOCK_FILE.fullmatch(name) else None
+def block_name(file_name: str) -> bytes | None:
+    """Return the key or the encrypted key in a file name; None if it is not the name of a block file."""
+    return bytes.fromhex(file_name.removesuffix(kvc.SUFFIX)) if BLOCK_FILE.fullmatch(file_name) else None
+
+
+def is_encrypted_name(name: bytes) -> bool:
+    """Return whether `block_name` returned an encrypted key."""
+    return len(name) != KEY_BYTES
 
 
 def is_gone(path: Path) -> bool:
