@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import erllama
+import support.encrypted_caches  # noqa: F401 - encrypts all caches where ERLLAMA_TEST_KEY_FILE is set
 from erllama.testing.models import TINY, write_llama, write_lora
 
 # For a libllama with OpenMP, such as one of the user's own checkout: its threads wait for each other asleep, here

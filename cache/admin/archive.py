@@ -29,7 +29,7 @@ from typing import IO, NamedTuple
 from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
-from erllama.cache.tiers.directory import block_name, is_encrypted_name
+from erllama.cache.tiers.file_names import block_name, is_encrypted_name
 from erllama.cache.tiers.tier import Problem
 from erllama.errors import CacheFormatError
 
@@ -77,7 +77,9 @@ def export_blocks(
     written: set[bytes] = set()
     n_bytes, seen = 0, 0
     left_out: list[Problem] = []
-    with tarfile.open(fileobj=to, mode="w|", format=tarfile.GNU_FORMAT) as tar:
+    # Names of encrypted files are too long for GNU's headers. Those of ustar limit members to 8 GiB.
+    header_format = tarfile.GNU_FORMAT if files.keys is None else tarfile.USTAR_FORMAT
+    with tarfile.open(fileobj=to, mode="w|", format=header_format) as tar:
         for row in rows:
             seen += row.n_bytes
             file_name, content_key = files.file_name(row.block)

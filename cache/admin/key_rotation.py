@@ -19,7 +19,8 @@ from typing import NamedTuple
 from erllama._runtime.log import logger
 from erllama.cache.admin.maintenance import NO_BUDGET, BlockTotals
 from erllama.cache.blocks.encryption import Encryption
-from erllama.cache.tiers.directory import INDEX_NAME, block_name, block_path, is_cache, is_gone
+from erllama.cache.tiers.directory import is_cache, is_gone
+from erllama.cache.tiers.file_names import INDEX_NAME, block_name, block_path
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.key_state import KeyState
 from erllama.cache.tiers.read_only import is_read_only
@@ -130,9 +131,14 @@ class _RotatingTier(FileTier):
         return BlockTotals(n_blocks, n_bytes), n_damaged
 
     def _rows_under_old_keys(self) -> list[TierRow]:
+        """Return the blocks that have a row under an old key."""
         with self._using() as index:
-            name = index.codec.name
-            return [row for row in index.peek_rows() if index.stamp_of(name(row.block.key, BLOCK)) is None]
+            names, encryption = index.stamps(), index.encryption
+            assert encryption is not None  # `rotate` has made a key the current one
+            newest = {encryption.name(row.block.key, BLOCK): row for row in index.peek_rows()}
+            found = [encryption.value_of(name, BLOCK) for name in names.keys() - newest.keys()]
+            rows = {row.block.key: row for row in newest.values()}
+            return [rows[key] for key in found if key is not None and key in rows]
 
     def _encrypt(self, row: TierRow) -> bool:
         """Encrypt a block with the current key. Returns False if another process is writing it."""
@@ -161,11 +167,13 @@ class _RotatingTier(FileTier):
             keys, encryption = index.keys, index.encryption
             if keys is None or encryption is None or not keys.others:
                 return frozenset()
-            if self._rows_under_old_keys():
-                raise CacheError(f"a block of {self.root} came back under an old key; run it again")
+            for name in index.stamps():
+                known = encryption.find(name, BLOCK)
+                if known is None or known[1].key_id != keys.current:
+                    raise CacheError(f"a block of {self.root} is encrypted with an old key; run it again")
             for entry in list(self._open_directory.directory.block_files()):
-                name = block_name(entry.name)
-                known = None if name is None else encryption.find(name, BLOCK)
+                name_of_file = block_name(entry.name)
+                known = None if name_of_file is None else encryption.find(name_of_file, BLOCK)
                 if known is not None and known[1].key_id != keys.current:
                     Path(entry.path).unlink(missing_ok=True)  # an ended process left it
             index.set_keys(KeyState(keys.current, frozenset()))

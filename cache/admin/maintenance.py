@@ -18,7 +18,8 @@ from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.encryption import ContentKey
 from erllama.cache.blocks.pins import Pin, PinRecord
 from erllama.cache.catalog.eviction_order import LeafLRU
-from erllama.cache.tiers.directory import INDEX_NAME, is_cache
+from erllama.cache.tiers.directory import is_cache
+from erllama.cache.tiers.file_names import INDEX_NAME
 from erllama.cache.tiers.key_state import KeyState
 from erllama.cache.tiers.read_only import create_file_tier
 from erllama.cache.tiers.tier import Problem, TierRow

@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from erllama.cache.admin.maintenance import BlockTotals
-from erllama.cache.tiers.directory import INDEX_NAME, CacheDirectory, is_cache
+from erllama.cache.tiers.directory import CacheDirectory, is_cache
+from erllama.cache.tiers.file_names import INDEX_NAME
 from erllama.errors import CacheError
 
 # Files that a server keeps in the directory beside the blocks, with what SQLite keeps beside them.

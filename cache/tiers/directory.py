@@ -20,7 +20,6 @@ import contextlib
 import fcntl
 import itertools
 import os
-import re
 import secrets
 import stat
 import time
@@ -31,15 +30,11 @@ import psutil
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
-from erllama.cache.blocks.encryption import NAME_OVERHEAD
-from erllama.cache.blocks.keys import KEY_BYTES
+from erllama.cache.tiers.file_names import BLOCK_FILE, INDEX_NAME
 from erllama.errors import CacheError
 
 log = logger("erllama.cache")
 
-INDEX_NAME = "index.db"
-# The key in hex, or the encrypted key.
-BLOCK_FILE = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}([0-9a-f]{{{2 * NAME_OVERHEAD}}})?{re.escape(kvc.SUFFIX)}")
 # Names of a cache, and of what else the user's cache directory contains. The mode of a directory with other names
 # in it is not changed.
 _OWN_NAMES = {"blocks", "partial", "owners", "damaged", "llama", "models", "responses.sqlite", "signing-key"}
@@ -327,25 +322,6 @@ def _ensure_private(path: Path) -> None:
 
 
 # --- block files -----------------------------------------------------------------------------
-
-
-def block_path(root: Path, name: bytes) -> Path:
-    """Return the path of the file of a block.
-
-    Args:
-        name: the key of the block, or its encrypted key.
-    """
-    return root / "blocks" / f"{name.hex()}{kvc.SUFFIX}"
-
-
-def block_name(file_name: str) -> bytes | None:
-    """Return the key or the encrypted key in a file name; None if it is not the name of a block file."""
-    return bytes.fromhex(file_name.removesuffix(kvc.SUFFIX)) if BLOCK_FILE.fullmatch(file_name) else None
-
-
-def is_encrypted_name(name: bytes) -> bool:
-    """Return whether `block_name` returned an encrypted key."""
-    return len(name) != KEY_BYTES
 
 
 def is_gone(path: Path) -> bool:

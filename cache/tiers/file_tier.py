@@ -27,7 +27,8 @@ from erllama.cache.blocks.encryption import ContentKey, Encryption
 from erllama.cache.blocks.pins import PinRecord
 from erllama.cache.texts.text_tokens import TextDigests, TextRecord
 from erllama.cache.tiers.changed_files import ChangedFiles
-from erllama.cache.tiers.directory import block_name, block_path, is_gone, warn_about_file_system
+from erllama.cache.tiers.directory import is_gone, warn_about_file_system
+from erllama.cache.tiers.file_names import block_name, block_path
 from erllama.cache.tiers.index_schema import may_show_damage
 from erllama.cache.tiers.key_state import KeyState
 from erllama.cache.tiers.open_directory import OpenDirectory

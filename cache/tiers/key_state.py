@@ -7,12 +7,15 @@ key never takes a row that it cannot read for damaged. `Index` calls these funct
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from erllama.cache.blocks.encryption import Encryption
-from erllama.cache.tiers.directory import block_name, is_encrypted_name
+from erllama.cache.tiers.file_names import INDEX_NAME, block_name, is_encrypted_name
+from erllama.cache.tiers.index_schema import ENCRYPTED_VERSION, SCHEMA_VERSION
 from erllama.cache.tiers.row_codec import BLOCK
 from erllama.errors import CacheKeyError
 
@@ -24,6 +27,11 @@ class KeyState(NamedTuple):
 
     current: bytes
     others: frozenset[bytes]
+
+    @property
+    def key_ids(self) -> list[str]:
+        """The ids as 16 hexadecimal digits each, that of the current key first."""
+        return [self.current.hex(), *sorted(key_id.hex() for key_id in self.others)]
 
 
 def read_state(connection: sqlite3.Connection) -> KeyState:
@@ -59,6 +67,41 @@ def check_kind(root: Path, *, is_encrypted: bool, encryption: Encryption | None)
             f"{root} is not encrypted, and {encryption.source} is for encrypted directories; {_ANOTHER}. "
             "`erllama cache export` and `import` copy the blocks into an encrypted one"
         )
+
+
+def is_encrypted(root: Path) -> bool:
+    """Return whether a cache directory is encrypted. Does not change it."""
+    try:
+        uri = f"file:{quote(str(root / INDEX_NAME))}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    except sqlite3.Error:
+        version = 0
+    if version:
+        return version == ENCRYPTED_VERSION
+    names = (block_name(path.name) for path in (root / "blocks").iterdir())
+    return any(name is not None and is_encrypted_name(name) for name in names)
+
+
+def remove_empty_index(root: Path) -> None:
+    """Remove an index without content that is not encrypted, so that an encrypted one takes its place.
+
+    The caller has locked the directory, and no other process has.
+    """
+    path = root / INDEX_NAME
+    if any((root / "blocks").iterdir()):
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            if int(connection.execute("PRAGMA user_version").fetchone()[0]) != SCHEMA_VERSION:
+                return
+            tables = ("blocks", "texts", "pins")
+            if any(connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables):
+                return
+    except sqlite3.Error:
+        return
+    for suffix in ("-wal", "-shm", ""):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def state_of_files(root: Path, encryption: Encryption | None) -> KeyState | None:

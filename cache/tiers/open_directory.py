@@ -15,6 +15,7 @@ from pathlib import Path
 from erllama.cache.blocks.encryption import Encryption
 from erllama.cache.tiers.directory import CacheDirectory, new_cache_id
 from erllama.cache.tiers.index_schema import is_damaged, may_show_damage, quarantine, shows_damage
+from erllama.cache.tiers.key_state import remove_empty_index
 from erllama.cache.tiers.sqlite_index import Index
 from erllama.errors import CacheError, CacheKeyError
 
@@ -74,6 +75,8 @@ class OpenDirectory:
 
     def _open_index(self, directory: CacheDirectory, encryption: Encryption | None) -> None:
         self._directory = directory
+        if encryption is not None and directory.index.exists() and not directory.sharers():
+            remove_empty_index(self.root)
         self._index, self._unusable = Index(directory.index, encryption), False
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.encryption import Encryption
 from erllama.cache.blocks.pins import PinRecord
 from erllama.cache.texts.text_tokens import TextDigests, TextRecord
-from erllama.cache.tiers.directory import INDEX_NAME, block_name
+from erllama.cache.tiers.file_names import INDEX_NAME, block_name
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.index_schema import TEXTS_SINCE, check_version
 from erllama.cache.tiers.key_state import restrict, state_of_files

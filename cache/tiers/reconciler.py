@@ -19,7 +19,8 @@ from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.encryption import ContentKey
 from erllama.cache.tiers.changed_files import ChangedFiles
-from erllama.cache.tiers.directory import block_name, block_path, is_encrypted_name, is_gone
+from erllama.cache.tiers.directory import is_gone
+from erllama.cache.tiers.file_names import block_name, block_path, is_encrypted_name
 from erllama.cache.tiers.key_state import check_kind, unknown_key
 from erllama.cache.tiers.open_directory import OpenDirectory
 from erllama.cache.tiers.row_codec import BLOCK
@@ -134,7 +135,25 @@ class Reconciler:
                 if name is not None and name != right:
                     index.remove_names([name])  # the block that had this name is gone
                 if right is not None and os.path.lexists(path) and index.stamp_of(right) != stamp:
-                    index.put(block, stamp, time.time_ns(), content_key)
+                    self._adopt(index, block, content_key, right, stamp)
+
+    def _adopt(
+        self, index: Index, block: Block, content_key: ContentKey | None, name: bytes, stamp: FileStamp
+    ) -> None:
+        """Add a file to the index. Called in a transaction.
+
+        A process that ended while it encrypted a block again may have left two files of it. One stays: that of the
+        newer key.
+        """
+        *_, newest = index.codec.names(block.key, BLOCK)
+        for other in index.codec.names(block.key, BLOCK):
+            if other != name and index.stamp_of(other) is not None:
+                if other == newest:
+                    block_path(self._open_directory.root, name).unlink(missing_ok=True)
+                    return
+                block_path(self._open_directory.root, other).unlink(missing_ok=True)
+                index.remove_names([other])
+        index.put(block, stamp, time.time_ns(), content_key)
 
     def _read_file(
         self, index: Index, path: Path, name: bytes | None, verify_payload: bool

@@ -131,7 +131,7 @@ def serve(
             memory_limit=memory_limit,
             page=False if no_page else None,
         ),
-        cache=_given(disk=loading.cache_dir, disk_quota=loading.quota),
+        cache=_given(disk=loading.cache_dir, disk_quota=loading.quota, key_file=loading.key_file),
         load=loading.options,
         in_process=in_process,
         access_log=access_log,
