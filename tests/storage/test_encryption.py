@@ -35,6 +35,7 @@ NAME, MODEL = "pinned-clause", "model-of-the-archive"
 
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
+    """A file with a new key."""
     return new_key(tmp_path / "cache.key")
 
 
@@ -441,6 +442,7 @@ class TestEncryptedTier(TierConformance):
 
     @pytest.fixture(autouse=True)
     def set_key_file(self, key: Path) -> None:
+        """Set the key of the tiers."""
         self.key_file = key
 
     def make_tier(self, directory: Path) -> FileTier:

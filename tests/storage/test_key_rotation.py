@@ -87,6 +87,7 @@ class Keys:
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Keys:
+    """Files with an old and a new key."""
     return Keys(tmp_path)
 
 
