@@ -38,9 +38,7 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-ENCRYPTED_TESTS := $(addprefix tests/,exactness/test_exactness.py exactness/test_resumption.py exactness/test_changed_files.py \
-	exactness/test_joined_blocks.py harness/test_harness.py storage/test_crashes.py storage/test_sharing.py storage/test_cache.py \
-	storage/test_pins.py storage/test_texts.py storage/test_block_loading.py storage/test_faults.py storage/test_storage_faults.py)
+ENCRYPTED_TESTS := $(addprefix tests/,exactness/test_exactness.py exactness/test_joined_blocks.py storage/test_crashes.py)
 
 .PHONY: setup setup-dev demo demo-model real-models agents test test-page test-encrypted test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
@@ -100,7 +98,7 @@ test-rpc:
 	ERLLAMA_TEST_RPC=1 ERLLAMA_SOAK=$(or $(N),400) $(BIN)/python -m pytest tests/exactness tests/harness tests/models/test_adapters.py \
 	tests/models/test_adapters_refused.py tests/models/test_embeddings.py tests/serving/test_scoring.py tests/serving/test_soak.py
 
-# Tests of the cache and of exactness, with a key for all cache directories that they open.
+# Tests of kills and of exactness, with a key for all cache directories that they open.
 test-encrypted: setup-dev
 	@mkdir -p build && (test -f build/test.key || $(BIN)/erllama cache new-key build/test.key)
 	ERLLAMA_TEST_KEY_FILE=$(CURDIR)/build/test.key $(BIN)/python -m pytest -n 2 $(ENCRYPTED_TESTS)
