@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import platformdirs
 
+from erllama.cache.blocks.encryption import Encryption
 from erllama.cache.pressure.pressure import Pressure
 from erllama.cache.remote.options import DEFAULT_QUOTA, RemoteOptions, remote_options
 from erllama.cache.sizes import parse_bytes
@@ -32,6 +33,7 @@ OPTIONS = (
     "remote_key_file",
     "remote_quota",
     "remote_lifetime",
+    "key_file",
     "read_only",
     "tiers",
     "block_size",
@@ -58,6 +60,8 @@ def check_options(options: Mapping[str, object]) -> list[Root]:
 
     Raises:
         OptionError: an option is unknown, has the wrong type, is out of range, or contradicts another option.
+        CacheKeyError: the key file cannot be used.
+        MissingPackage: there is a key file, and the package `cryptography` is not installed.
     """
     reject_unknown({name: options[name] for name in options if name not in OPTIONS}, OPTIONS, "Cache")
     for name in ("ram", "write_queue", *(name for name in OPTIONS if name.endswith("_quota"))):
@@ -66,6 +70,7 @@ def check_options(options: Mapping[str, object]) -> list[Root]:
     if "block_size" in options:
         checked_block_size(options["block_size"])
     boolean("watch", options.get("watch", True))
+    checked_key_file(options.get("key_file"))
     roots = [
         root
         for name in ("ram_file", "disk")
@@ -93,6 +98,25 @@ def checked_block_size(value: object) -> int:
     if size & (size - 1):
         raise OptionError(f"block_size={size}; it must be a power of two from 16 to 4096")
     return size
+
+
+def checked_key_file(value: object) -> Path | None:
+    """Return the path of a key file after reading it; None for None.
+
+    Raises:
+        OptionError: it is not a path.
+        CacheKeyError: the file cannot be used.
+        MissingPackage: the package `cryptography` is not installed.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise OptionError(
+            f"key_file={value!r}; pass the path of a file that `erllama cache new-key` wrote, or None"
+        )
+    path = Path(value).expanduser().absolute()
+    Encryption.of_file(path)
+    return path
 
 
 def check_usable(root: Root) -> None:
@@ -158,7 +182,7 @@ def remote_root(remote: RemoteOptions | None) -> list[Root]:
     return [Root("remote", Path(remote.address), remote.quota)]
 
 
-def file_tiers(roots: Sequence[Root], watch: bool) -> list[FileTier]:
+def file_tiers(roots: Sequence[Root], watch: bool, key_file: Path | None = None) -> list[FileTier]:
     """Return the file tiers of all options together.
 
     Raises:
@@ -166,7 +190,9 @@ def file_tiers(roots: Sequence[Root], watch: bool) -> list[FileTier]:
     """
     check_separate(roots)
     return [
-        create_file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=root.read_only)
+        create_file_tier(
+            root.path, root.budget, name=root.tier, watch=watch, read_only=root.read_only, key_file=key_file
+        )
         for root in roots
     ]
 

@@ -36,6 +36,7 @@ from erllama.cache.options import (
     as_read_only,
     check_separate,
     checked_block_size,
+    checked_key_file,
     custom_tiers,
     directories,
     file_tiers,
@@ -67,7 +68,7 @@ from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.ram_tier import RamTier
 from erllama.cache.tiers.tier import Problem, Tier
 from erllama.cache.uninterrupted import run_behind, uninterrupted
-from erllama.checks import boolean, reject_unknown
+from erllama.checks import boolean, encodable, reject_unknown
 from erllama.errors import CacheError, IntegrityError, OptionError
 
 log = logger("erllama.cache")
@@ -93,6 +94,8 @@ class Cache:
             True for the user's cache directory; None for no disk. Several directories are one tier: pass a sequence
             of them, or a mapping to their quotas.
         disk_quota: budget of each such directory.
+        key_file: file of secret keys that encrypts the directories, `ram_file` included, and remembered texts; made
+            by `erllama cache new-key`. None for no encryption. Needs the extra `encryption`.
         remote: a bucket or a mounted directory that several machines share, as "s3://bucket/prefix", "gs://…", "az://…",
             "file:///directory" or a path. Buckets need the extra `remote`. It is the slowest tier.
         remote_key_file: file of the keys that sign blocks there; see `erllama cache new-key`. Required with
@@ -111,9 +114,11 @@ class Cache:
 
     Raises:
         OptionError: an option is unknown, ill-typed or out of range.
+        CacheKeyError: the key file is missing, is not private, or has no key.
+        MissingPackage: there is a key file, and the package `cryptography` is not installed.
 
-    A directory that cannot be used does not raise. The cache continues without
-    it, logs the reason, keeps it in `disk_error`, and tries again from time to time.
+    A directory that cannot be used, for example one that is encrypted with another key, does not raise. The cache
+    continues without it, logs the reason, keeps it in `disk_error`, and tries again from time to time.
     """
 
     def __init__(
@@ -124,6 +129,7 @@ class Cache:
         ram_file_quota: str | int = "4GiB",
         disk: Directories = None,
         disk_quota: str | int = "50GiB",
+        key_file: str | Path | None = None,
         remote: str | Path | None = None,
         remote_key_file: str | Path | None = None,
         remote_quota: str | int = DEFAULT_QUOTA,
@@ -144,13 +150,14 @@ class Cache:
         queue_bytes = parse_bytes("write_queue", write_queue)
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
         self._watch = boolean("watch", watch)
+        self._key_file = checked_key_file(key_file)
         self._remote = remote_options(
             remote, remote_key_file, remote_quota, remote_lifetime, boolean("read_only", read_only)
         )
         if read_only:
             roots = as_read_only(roots, self._remote is not None)
         all_tiers: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
-        all_tiers += file_tiers(roots, self._watch)
+        all_tiers += file_tiers(roots, self._watch, self._key_file)
         check_separate([*roots, *remote_root(self._remote)])
         if self._remote is not None:
             all_tiers.append(create_remote_tier(self._remote))
@@ -169,8 +176,9 @@ class Cache:
         cache.ram_budget, cache.block_size, cache._watch = spec.ram, spec.block_size, spec.watch
         cache._custom_tiers, cache._pressure, cache._pin_quota = [], None, spec.pin_quota
         cache._remote = spec.remote
+        cache._key_file = None if spec.key_file is None else Path(spec.key_file)
         tiers: list[Tier] = [RamTier(spec.ram)] if spec.ram else []
-        tiers += file_tiers(spec.as_roots(), spec.watch)
+        tiers += file_tiers(spec.as_roots(), spec.watch, cache._key_file)
         if spec.remote is not None:
             tiers.append(create_remote_tier(spec.remote))
         cache._start(tiers, spec.write_queue, frozenset(["ram_file"]))
@@ -240,7 +248,7 @@ class Cache:
             catalog.add_log(log)
         self._catalog, self._queue, self._tier_set = catalog, queue, tier_set
         self._evictor, self._feed = evictor, feed
-        self._memory_directory = MemoryDirectory(tier_set, feed, self._watch, self._id)
+        self._memory_directory = MemoryDirectory(tier_set, feed, self._watch, self._id, self._key_file)
         feed.open_all()
         if tiers:
             _open_tier_sets.add(tier_set)
@@ -623,6 +631,7 @@ class Cache:
                 self._watch,
                 self._pin_quota,
                 self._remote,
+                None if self._key_file is None else encodable("key_file", str(self._key_file)),
             )
             self._check_open()
             return spec
@@ -658,6 +667,11 @@ class Cache:
     def closed(self) -> bool:
         """Whether it was closed, or belongs to the process that forked this one. It then stores no blocks."""
         return self._closing
+
+    @property
+    def key_file(self) -> Path | None:
+        """The file of the keys that encrypt the directories; None without encryption."""
+        return self._key_file
 
     @property
     def persistent(self) -> bool:

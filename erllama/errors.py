@@ -185,6 +185,10 @@ class CacheError(Error):
     """The cache cannot perform an operation. Requests never fail with this error."""
 
 
+class CacheKeyError(CacheError):
+    """The key of encrypted content is missing or wrong. The content stays as it is."""
+
+
 class PinError(CacheError):
     """A prefix cannot be pinned, because its blocks could not be stored."""
 

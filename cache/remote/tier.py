@@ -209,7 +209,7 @@ class RemoteTier(Tier):
         return self._blocks.rows()
 
     def size(self, block: Block, payload_bytes: int) -> int:
-        return SIGNATURE_BYTES + kvc.encoded_bytes(block.n_tokens, payload_bytes)
+        return SIGNATURE_BYTES + kvc.file_bytes(block.n_tokens, payload_bytes)
 
     def write(self, block: Block, payload: memoryview) -> None:
         if self.read_only:
@@ -279,7 +279,7 @@ class RemoteTier(Tier):
 
     def _verified(self, entry: Entry, block: Block, content: memoryview) -> tuple[Block, memoryview]:
         try:
-            found, payload = kvc.decode(self._signer.open(KIND, content))
+            found, array = kvc.decode(self._signer.open(KIND, content))
         except SignatureRefused as error:
             self._refused[entry.object_name] = error.unknown_key
             self._count("remote_signatures_refused")
@@ -287,7 +287,7 @@ class RemoteTier(Tier):
         fields = ("key", "parent", "namespace", "start", "tokens")
         if any(getattr(found, name) != getattr(block, name) for name in fields):
             raise CacheFormatError("the object contains another block than the manifest says")
-        return found, payload
+        return found, array.data
 
     def verify(self) -> Iterator[Problem]:
         for row in self.rows():

@@ -37,6 +37,7 @@ class CacheSpec:
         watch: notice files that others put into the directories or remove from them.
         pin_quota: maximum bytes that the pins of a tier may protect; None for half of its budget.
         remote: the remote tier; None for none.
+        key_file: file of the keys that encrypt the directories; None for no encryption. The other process reads it.
     """
 
     ram: int
@@ -46,6 +47,7 @@ class CacheSpec:
     watch: bool
     pin_quota: int | None = None
     remote: RemoteOptions | None = None
+    key_file: str | None = None
 
     def as_plain(self) -> dict[str, Any]:
         """Return the fields as numbers, texts, lists, tuples and booleans, by name."""

@@ -128,6 +128,12 @@ _LOADING = (
         help="Any other option of load_model, for example kv_type_k=q8_0. Can be repeated.",
     ),
 )
+key_file_option = click.option(
+    "--key-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="ERLLAMA_KEY_FILE",
+    help="File of the keys that encrypt the cache directory, made by `erllama cache new-key`.",
+)
 _CACHE = (
     click.option(
         "--cache-dir",
@@ -135,6 +141,7 @@ _CACHE = (
         envvar="ERLLAMA_CACHE_DIR",
         help="Directory for cached prompts. Default: the user's cache directory.",
     ),
+    key_file_option,
     click.option("--no-cache", is_flag=True, help="In-memory cache only."),
     click.option(
         "--quota",

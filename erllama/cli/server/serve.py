@@ -141,6 +141,7 @@ def serve(
         cache=_given(
             disk=loading.cache_dir,
             disk_quota=loading.quota,
+            key_file=loading.key_file,
             remote=loading.remote,
             remote_key_file=loading.remote_key_file,
         ),

@@ -18,7 +18,7 @@ from pathlib import Path
 from erllama._model.load import check_load_options, load_model
 from erllama.cache.blocks.key_file import read_key_file as read_secret_keys
 from erllama.cache.options import OPTIONS as CACHE_OPTIONS
-from erllama.cache.options import check_options, check_usable
+from erllama.cache.options import check_options, check_usable, checked_key_file
 from erllama.cache.sizes import parse_bytes
 from erllama.checks import boolean, reject_unknown, shown
 from erllama.errors import Error, ModelLoadError, OptionError
@@ -154,6 +154,7 @@ class _Reader:
     def _cache(self, section: Mapping[str, object]) -> dict[str, object]:
         known = [name for name in CACHE_OPTIONS if name not in _NOT_IN_FILES]
         options = self._known(("cache",), section, known, "[cache]")
+        key_file = self._cache_path(options.pop("key_file", None))
         options = self._check_together(("cache",), options, lambda rest: check_options(self._with_paths(rest)))
         options = self._with_paths(options)
         for name in options.keys() & set(_CACHE_PATHS):
@@ -163,6 +164,9 @@ class _Reader:
         if isinstance(options.get("remote_key_file"), str):
             with self._at(("cache", "remote_key_file")):
                 read_secret_keys(str(options["remote_key_file"]))
+        with self._at(("cache", "key_file")):
+            if (checked := checked_key_file(key_file)) is not None:
+                options["key_file"] = str(checked)
         return options
 
     def _model(self, place: Place, entry: Mapping[str, object]) -> ModelEntry | None:
