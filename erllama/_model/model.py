@@ -110,11 +110,8 @@ class Model:
         return f"<erllama.Model {self.id!r}, {state}>"
 
     def __del__(self) -> None:
-        runner: ModelRunner | None = getattr(self, "_runner", None)
-        if runner is None or runner.stopped or not runner.is_ours:
+        if not self._begin_to_unload():
             return
-        self._registry.remove_dropped(self, runner)
-        runner.begin_to_stop()  # returns at once: the garbage collector calls this method in any thread
         warnings.warn(
             f"model {self.id!r} was dropped and is unloaded; call its unload(), or load it in a `with`",
             ResourceWarning,
@@ -716,6 +713,18 @@ class Model:
             start_new_thread(self._unload, ())
         else:
             self._unload()
+
+    def _begin_to_unload(self) -> bool:
+        """Make the model thread unload the model, and return whether it was loaded.
+
+        Returns at once: the garbage collector calls it, in any thread.
+        """
+        runner: ModelRunner | None = getattr(self, "_runner", None)
+        if runner is None or runner.stopped or not runner.is_ours:
+            return False
+        self._registry.remove_dropped(self, runner)
+        runner.begin_to_stop()
+        return True
 
     def _unload(self) -> None:
         try:
