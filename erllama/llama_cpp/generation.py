@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama._model.model import Model
-from erllama.checks import integer
+from erllama.checks import integer, shown
 from erllama.engine import Done, TextDelta
 from erllama.errors import OptionError, PromptError, PromptTooLong, Unsupported
 from erllama.llama_cpp.sampling import SamplingArguments, StoppingCriteriaList, StopWatch, sampling_options, seed_of
@@ -252,9 +252,12 @@ class TokenLevel:
 
     def _sampling(self, arguments: SamplingArguments) -> tuple[StopWatch | None, dict[str, Any]]:
         """Return what evaluates the stopping criteria, and the options of `Model.complete`, without a seed."""
-        criteria, n_vocab = arguments.get("stopping_criteria"), self._model.n_vocab
+        criteria: object = arguments.get("stopping_criteria")
+        n_vocab = self._model.n_vocab
         if isinstance(criteria, list):
             criteria = StoppingCriteriaList(criteria) if criteria else None
+        if criteria is not None and not callable(criteria):
+            raise OptionError(f"stopping_criteria={shown(criteria)}; pass functions of token ids and logits")
         watch = None if criteria is None else StopWatch(criteria, n_vocab)
         options = sampling_options(n_vocab, self.last_n_tokens_size, watch, **arguments)
         return watch, options | self._speculation
