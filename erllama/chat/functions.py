@@ -69,7 +69,7 @@ def function_schema(function: Callable[..., object]) -> Schema:
     required.
 
     Raises:
-        OptionError: a parameter has no annotation or one that JSON cannot express, or takes any number of arguments.
+        OptionError: a parameter has no annotation or one that JSON cannot express, or has no name.
     """
     name = getattr(function, "__name__", type(function).__name__)
     description, documented = _read_docstring(inspect.getdoc(function) or "")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from erllama._model.model import Model
-from erllama.engine import Completion, Done, TextDelta, TokenLogprobs, Vocabulary
+from erllama.engine import Done, TextDelta, TokenLogprobs, Vocabulary
 from erllama.engine.requests.request import FinishReason
 from erllama.llama_cpp.llama_types import (
     CompletionChoice,
@@ -57,7 +57,7 @@ class TextCompletion:
         logprobs: Sequence[TokenLogprobs]
         if self._watch is None:
             completion = self._model.complete(self._ids, **self._options)
-            text, logprobs = reply_text(self._model._vocabulary, completion), completion.logprobs or ()
+            text, logprobs = _readable(completion.text), completion.logprobs or ()
             self._end(completion.tokens, finish_reason(completion.finish_reason))
         else:
             pieces = list(self._pieces())
@@ -100,8 +100,9 @@ class TextCompletion:
                         self._end(tokens, "stop")
                         return
                     tokens += event.tokens
-                    text += event.text
-                    yield event.text, event.logprobs
+                    piece = _readable(event.text)
+                    text += piece
+                    yield piece, event.logprobs
 
     def _n_allowed(self, n_read: int) -> int | None:
         """Return how many further tokens the stopping criteria allow; None without a limit."""
@@ -141,11 +142,9 @@ def decode(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
     return b"".join(map(vocabulary.piece, tokens)).decode("utf-8", "ignore")
 
 
-def reply_text(vocabulary: Vocabulary, completion: Completion) -> str:
-    """Return the text of a reply. Bytes that are not UTF-8 are left out, as in llama-cpp-python."""
-    if "\ufffd" not in completion.text or completion.stop_sequence is not None:
-        return completion.text
-    return decode(vocabulary, completion.tokens)
+def _readable(text: str) -> str:
+    """Return a text without the characters that stand for bytes that are not UTF-8, as llama-cpp-python does."""
+    return text.replace("\ufffd", "")
 
 
 def token_text(model: Model, token: int) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from erllama._model.model import Model
 from erllama.checks import integer, shown
 from erllama.engine import Done, TextDelta
-from erllama.errors import OptionError, PromptError, PromptTooLong, Unsupported
+from erllama.errors import OptionError, PromptError, PromptTooLong, Unsupported, VocabularyOnly
 from erllama.llama_cpp.sampling import SamplingArguments, StoppingCriteriaList, StopWatch, sampling_options, seed_of
 
 # Tokens of the first request of a generator, and of the longest one. The model computes ahead of a program that
@@ -244,6 +244,8 @@ class TokenLevel:
 
     def _check_room(self, ids: Sequence[int]) -> None:
         n_ctx = self._model.n_ctx
+        if not n_ctx:
+            raise VocabularyOnly("a model with vocab_only has no weights; load it without vocab_only")
         if len(ids) >= n_ctx:
             message = f"Requested tokens ({len(ids)}) exceed context window of {n_ctx}"
             raise PromptTooLong(
