@@ -28,7 +28,7 @@ def _langchain(model: str) -> str:
 
     # LangChain's defaults of RoPE are Llama 2's; 0 stands for the model's own.
     options = {"n_ctx": 1024, "n_batch": 256, "rope_freq_base": 0, "rope_freq_scale": 0}
-    chat = ChatLlamaCpp(model_path=model, temperature=0, max_tokens=24, **options)
+    chat = ChatLlamaCpp(model_path=model, temperature=0, max_tokens=80, **options)
     whole = chat.invoke([HumanMessage(QUESTION)]).content
     streamed = "".join(str(chunk.content) for chunk in chat.stream([HumanMessage(QUESTION)]))
     if whole != streamed:
