@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, Never, cast
@@ -21,6 +20,7 @@ from erllama.errors import OptionError, PromptError, Unsupported
 from erllama.llama_cpp import constants, hub
 from erllama.llama_cpp.chats import ChatRun, clean_messages, format_schema, tool_options
 from erllama.llama_cpp.completions import TextCompletion
+from erllama.llama_cpp.default_cache import default_cache
 from erllama.llama_cpp.generation import TokenLevel
 from erllama.llama_cpp.llama_cache import BaseLlamaCache
 from erllama.llama_cpp.llama_chat_format import STOPS, template_of
@@ -49,21 +49,6 @@ if TYPE_CHECKING:
 
 Vector = list[float] | list[list[float]]
 _MAX_SPECULATIVE = 64
-
-_cache_lock = threading.Lock()
-_default_cache: Cache | None = None
-
-
-def default_cache() -> Cache:
-    """Return the cache of every `Llama` without one of its own: in memory and in the user's cache directory.
-
-    The variable ERLLAMA_CACHE_DIR names another directory.
-    """
-    global _default_cache
-    with _cache_lock:
-        if _default_cache is None or _default_cache.closed:
-            _default_cache = Cache(disk=os.environ.get("ERLLAMA_CACHE_DIR") or True)
-        return _default_cache
 
 
 class Llama(TokenLevel):

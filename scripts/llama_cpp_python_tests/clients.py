@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import erllama.llama_cpp
+from erllama.llama_cpp.default_cache import default_cache
 from scripts.real_models import fetched_models
 
 QUESTION = "What is the capital of France? Answer with one word."
@@ -101,7 +102,7 @@ def main() -> int:
         for name, run in runs.items():
             sys.stdout.write(f"{name}: {run(model)}\n")
             sys.stdout.flush()
-        erllama.llama_cpp.llama.default_cache().close()
+        default_cache().close()
     return 0
 
 
