@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         ChatError,
         DeadlineExceeded,
         Error,
+        EventsError,
         GrammarError,
         IntegrityError,
         LibraryNotBuilt,
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
         Unsupported,
         VocabularyOnly,
     )
+    from erllama.events.options import KvEvents
 
 __version__ = "0.1.0"
 
@@ -149,6 +151,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "ToolCallDelta",
         "ToolCallEnd",
     ),
+    "erllama.events.options": ("KvEvents",),
     "erllama.errors": (
         "AdapterLoadError",
         "AdapterUnloaded",
@@ -162,6 +165,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "ChatError",
         "DeadlineExceeded",
         "Error",
+        "EventsError",
         "GrammarError",
         "IntegrityError",
         "LibraryNotBuilt",
@@ -224,9 +228,11 @@ __all__ = [
     "EngineMetrics",
     "Error",
     "Event",
+    "EventsError",
     "Grammar",
     "GrammarError",
     "IntegrityError",
+    "KvEvents",
     "LibraryNotBuilt",
     "LoadCancelled",
     "MemoryLimitExceeded",
