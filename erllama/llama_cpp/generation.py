@@ -177,10 +177,10 @@ class TokenLevel:
         Args:
             tokens: the prompt.
             reset: start with the prompt. False to append it to the present tokens.
-            top_k, top_p, min_p, typical_p, temp, repeat_penalty, frequency_penalty, presence_penalty, tfs_z,
-                mirostat_mode, mirostat_tau, mirostat_eta, logits_processor, stopping_criteria, grammar, logit_bias:
-                as for `create_completion`, with `temp` for the temperature.
+            temp: the temperature.
             penalize_nl: only True.
+
+        Other arguments as for `create_completion`.
         """
         watch, options = self._sampling(arguments)
         whole = [int(token) for token in tokens] if reset else [*self._tokens, *map(int, tokens)]
