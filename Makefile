@@ -16,6 +16,8 @@ INSTALLED := $(VENV)/.installed-$(BACKEND)$(if $(filter 1,$(RPC)),+rpc)
 INSTALLED_DEV := $(VENV)/.dev
 LLAMAINDEX := $(VENV)/llamaindex
 INSTALLED_LLAMAINDEX := $(LLAMAINDEX)/.installed
+LLAMA_CPP := $(VENV)/llama-cpp-python
+INSTALLED_LLAMA_CPP := $(LLAMA_CPP)/.installed
 # The tests of `make check`: fast files that protect what often breaks. All of them take less than a minute of CPU time.
 FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapters.py chat/test_tool_formats.py chat/test_turns.py \
 	cli/test_cli_chat.py docs/test_cli_docs.py cli/test_cli_files.py docs/test_plots.py models/test_loading.py \
@@ -45,7 +47,7 @@ endef
 
 ENCRYPTED_TESTS := $(addprefix tests/,exactness/test_exactness.py exactness/test_joined_blocks.py storage/test_crashes.py)
 
-.PHONY: setup setup-dev demo demo-model real-models agents test test-routers test-remote test-page test-encrypted test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model real-models agents test test-routers test-remote test-page test-encrypted test-rpc test-models test-llama-server test-llama-cpp-python check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -72,6 +74,14 @@ $(INSTALLED_LLAMAINDEX): $(INSTALLED)
 	@$(PYTHON) -m venv $(LLAMAINDEX)
 	@$(BIN)/python scripts/extra_requirements.py llamaindex > $(LLAMAINDEX)/requirements.txt
 	@$(LLAMAINDEX)/bin/python -m pip --disable-pip-version-check -q -q install -r $(LLAMAINDEX)/requirements.txt
+	@touch $@
+
+# LlamaIndex's and llm's plugins depend on llama-cpp-python, which would be compiled, so pip installs them alone. The
+# environment sees the packages of $(VENV) after its own, and so erllama itself.
+$(INSTALLED_LLAMA_CPP): $(INSTALLED) scripts/llama_cpp_python_tests/environment.py
+	@echo "setup: installing LangChain, LlamaIndex and llm for the tests, in $(LLAMA_CPP)"
+	@$(PYTHON) -m venv $(LLAMA_CPP)
+	@$(LLAMA_CPP)/bin/python scripts/llama_cpp_python_tests/environment.py $(CURDIR)/$(VENV)
 	@touch $@
 
 demo: setup
@@ -132,6 +142,12 @@ test-models: $(if $(ERLLAMA_TEST_MODEL),setup-dev,real-models)
 # LLAMA_TESTS holds further arguments, as LLAMA_TESTS="--only ours test_basic.py".
 test-llama-server: setup-dev
 	$(BIN)/python -m scripts.llama_server_tests $(LLAMA_TESTS)
+
+# llama-cpp-python's own tests of its high-level interface, and LangChain, LlamaIndex and `llm` with the module under
+# the name llama_cpp, in an environment of their own. Downloads llama-cpp-python's sources first: 70 MB.
+test-llama-cpp-python: real-models $(INSTALLED_LLAMA_CPP)
+	$(LLAMA_CPP)/bin/python -m scripts.llama_cpp_python_tests $(LLAMA_CPP_TESTS)
+	$(LLAMA_CPP)/bin/python -m scripts.llama_cpp_python_tests.clients
 
 # Codex and OpenCode against `erllama serve`, with scripted replies. Needs npm, git, and Linux on x86-64. Fetches the
 # agents first: 600 MB in the user's cache directory. AGENTS holds further arguments, as AGENTS="--agent codex".
