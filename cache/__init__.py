@@ -10,6 +10,7 @@ from erllama.cache.blocks.block import Block, SaveReason
 from erllama.cache.blocks.keys import KEY_BYTES, TOKEN_BYTES, child_key, namespace_key, token_bytes
 from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
 from erllama.cache.blocks.pins import Pin
+from erllama.cache.catalog.block_log import BlockChange, BlockChanges, BlockLog
 from erllama.cache.pressure.memory import MemoryUsage
 from erllama.cache.pressure.pressure import Pressure
 from erllama.cache.save_policy import Policy
@@ -24,6 +25,9 @@ __all__ = [
     "KEY_BYTES",
     "TOKEN_BYTES",
     "Block",
+    "BlockChange",
+    "BlockChanges",
+    "BlockLog",
     "Cache",
     "CacheMember",
     "CacheSpec",

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Never
@@ -27,6 +27,7 @@ from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.keys import TOKEN_BYTES, token_bytes
 from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
 from erllama.cache.blocks.pins import Pin, PinRecord, check_pin_name
+from erllama.cache.catalog.block_log import BlockChanges, BlockLog
 from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.options import (
@@ -156,6 +157,7 @@ class Cache:
         self._lock = threading.RLock()
         self._counters = Counters()
         self._members = Members(self._counters)
+        self._block_logs: tuple[BlockLog, ...] = ()
         self._closing = False
         self._opening = threading.Lock()
         self._sharing = threading.Lock()
@@ -207,6 +209,8 @@ class Cache:
         self._garbage_collector = GarbageCollector(lock, catalog, queue, tier_set, evictor, feed)
         self._integrity = IntegrityChecker(lock, catalog, tier_set, evictor)
         self._report = CacheReport(catalog, counters, queue, tier_set)
+        for log in self._block_logs:
+            catalog.add_log(log)
         self._catalog, self._queue, self._tier_set = catalog, queue, tier_set
         self._evictor, self._feed = evictor, feed
         self._memory_directory = MemoryDirectory(tier_set, feed, self._watch, self._id)
@@ -490,6 +494,56 @@ class Cache:
         """Record that an attached tier no longer has these blocks."""
         self._attached.report_removed(tier, keys)
 
+    # --- changes of blocks --------------------------------------------------------------------
+
+    @uninterrupted
+    def open_block_log(self, namespaces: Collection[bytes], *, limit: int, wake: Callable[[], None]) -> BlockLog:
+        """Record the changes of full blocks in all tiers, for one reader. A publisher of KV events calls it.
+
+        Saves and evictions never wait for the reader: a log that is full forgets its changes, and the next read
+        returns the whole content.
+
+        Args:
+            namespaces: root keys of the blocks to record, from `namespace_key`.
+            limit: maximum number of changes that wait for the reader.
+            wake: called, in any thread and under the cache's lock, when there are changes to read. Must not wait.
+        """
+        log = BlockLog(namespaces, self.block_size, limit, wake)
+        with self._lock:
+            self._block_logs = (*self._block_logs, log)
+            self._catalog.add_log(log)
+        return log
+
+    @uninterrupted
+    def read_block_log(self, log: BlockLog) -> BlockChanges:
+        """Return the changes since the last call; the whole content at the first one, and after an overflow.
+
+        Includes what other processes wrote to the directories. Does not wait for storage. A closed cache is empty.
+        """
+        with self._lock:
+            self._feed.poll()
+            return self._catalog.read_log(log)
+
+    @uninterrupted
+    def add_to_block_log(self, log: BlockLog, namespaces: Collection[bytes]) -> None:
+        """Record the blocks of further namespaces, too. The next read returns the whole content."""
+        with self._lock:
+            log.add_namespaces(namespaces)
+
+    @uninterrupted
+    def close_block_log(self, log: BlockLog) -> None:
+        """Record no further changes. Idempotent."""
+        with self._lock:
+            self._block_logs = tuple(other for other in self._block_logs if other is not log)
+            self._catalog.remove_log(log)
+
+    @uninterrupted
+    def count_events(self, *, batches: int = 0, dropped: int = 0, replays: int = 0) -> None:
+        """Count what a publisher of KV events did: batches sent, changes dropped, replays served."""
+        for name, n in (("event_batches", batches), ("event_changes_dropped", dropped), ("event_replays", replays)):
+            if n:
+                self._counters.add(name, n)
+
     # --- other processes --------------------------------------------------------------------
 
     @uninterrupted
@@ -761,6 +815,7 @@ class Cache:
         self._counters = Counters()
         self._pressure = None
         self._members = Members(self._counters)
+        self._block_logs = ()  # the threads that read them belong to the parent
         self._sharing = threading.Lock()
         # Closing the parent's connections here could damage its databases. The tiers are therefore never collected.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._tier_set))

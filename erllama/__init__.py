@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         ChatError,
         DeadlineExceeded,
         Error,
+        EventsError,
         GrammarError,
         IntegrityError,
         LibraryNotBuilt,
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
         Unsupported,
         VocabularyOnly,
     )
+    from erllama.events.options import KvEvents
 
 __version__ = "0.1.0"
 
@@ -146,6 +148,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "ToolCallDelta",
         "ToolCallEnd",
     ),
+    "erllama.events.options": ("KvEvents",),
     "erllama.errors": (
         "AdapterLoadError",
         "AdapterUnloaded",
@@ -159,6 +162,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "ChatError",
         "DeadlineExceeded",
         "Error",
+        "EventsError",
         "GrammarError",
         "IntegrityError",
         "LibraryNotBuilt",
@@ -221,9 +225,11 @@ __all__ = [
     "EngineMetrics",
     "Error",
     "Event",
+    "EventsError",
     "Grammar",
     "GrammarError",
     "IntegrityError",
+    "KvEvents",
     "LibraryNotBuilt",
     "LoadCancelled",
     "MemoryLimitExceeded",

@@ -177,6 +177,10 @@ class CalledFromModelThread(Error, RuntimeError):  # noqa: N818
     """A callback in the model thread made a call that waits for the model thread, which would deadlock."""
 
 
+class EventsError(Error):
+    """A model cannot publish its KV events: an address cannot be used."""
+
+
 class SamplingError(Error):
     """The logits leave no token to sample."""
 

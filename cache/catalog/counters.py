@@ -27,6 +27,9 @@ COUNTS = (
     "bytes_written",
     "pressure_evictions",
     "pins_refused",
+    "event_batches",
+    "event_changes_dropped",
+    "event_replays",
 )
 TIERS = ("live", "ram", "ram_file", "disk")  # always have counts, even if not in use
 TIMED = ("lookup", "load", "pack", "write")

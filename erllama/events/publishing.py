@@ -1,0 +1,33 @@
+"""Starts the publisher of a model, if it has one. The loader calls it, in the process that runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from erllama.cache import Cache
+from erllama.engine.kv.prefix_cache import NamespaceValue, prompt_namespace
+from erllama.events.options import KvEvents
+from erllama.events.publisher import Publisher
+
+
+def start_publisher(
+    options: KvEvents | None,
+    cache: Cache,
+    name: str,
+    namespace: Mapping[str, NamespaceValue],
+    *,
+    wait_for_address: bool = False,
+) -> Publisher | None:
+    """Start publishing the blocks of a model; return None without options.
+
+    Args:
+        namespace: of the model's backend.
+        wait_for_address: as of `Publisher`.
+
+    Raises:
+        MissingPackage, OptionError, EventsError: as of `Publisher`.
+    """
+    if options is None:
+        return None
+    unsalted = prompt_namespace(namespace, None, ())
+    return Publisher(options, cache, name, {unsalted: None}, wait_for_address=wait_for_address)
