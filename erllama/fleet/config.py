@@ -118,6 +118,7 @@ class FleetConfig:
     def _check_model(self) -> None:
         """Check the options of the model and the cache as far as that is possible without opening them."""
         reserved = {"id": "name", "cache": "cache", "vocab_only": "", "on_progress": "", "process": ""}
+        reserved["kv_events"] = "kv_events"
         for name, instead in reserved.items():
             if name in self.options:
                 hint = f"; pass {instead} of the fleet" if instead else "; a fleet sets it itself"

@@ -15,6 +15,7 @@ from random import Random
 from typing import NamedTuple
 
 from erllama._runtime.log import logger
+from erllama.fleet.event_subscriber import Addresses
 from erllama.fleet.hot_prefixes import HotPrefix, HotPrefixes
 from erllama.fleet.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
 from erllama.fleet.loads import Load, LoadTable
@@ -112,6 +113,11 @@ class PrefixRouter:
         index: finds prefixes.
         random: breaks ties.
         clock: returns the time in seconds.
+
+    Attributes:
+        on_change: called, in any thread, with the replicas that serve requests, after each update.
+        subscribe: called with the addresses of the replicas' KV events, after each update. Its owner passes the
+            events to `apply`.
     """
 
     def __init__(
@@ -136,6 +142,7 @@ class PrefixRouter:
         self._turn = 0
         self._n = [0, 0, 0, 0]
         self.on_change: Callable[[tuple[str, ...]], object] | None = None
+        self.subscribe: Callable[[Mapping[str, Addresses]], object] | None = None
 
     # --- replicas ----------------------------------------------------------------------------------
 
@@ -168,7 +175,14 @@ class PrefixRouter:
                     self._reports[replica] = report
                     self._loads.report(replica, report.slots, report.load)
                     self._check(replica)
-            changed = self.on_change
+            changed, subscribe = self.on_change, self.subscribe
+            addresses = {
+                name: Addresses(report.events, report.replay)
+                for name, report in self._reports.items()
+                if report.events and report.replay and name not in self._refused
+            }
+        if subscribe is not None:
+            subscribe(addresses)
         if changed is not None:
             changed(tuple(serving))
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
@@ -13,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from erllama._model.load import load_model
 from erllama.cache import Cache
 from erllama.checks import seconds
+from erllama.events import KvEvents
 from erllama.fleet.config import FleetConfig
 from erllama.fleet.ingress import open_ingress
 from erllama.fleet.ray_calls import RayCalls
@@ -34,13 +36,16 @@ class FleetReplica:
         self._name = context.replica_tag
         options: Any = config.model_options()
         cache_options: Any = config.cache_options(context.rank.rank)
+        events = _event_options() if config.kv_events else None
         cache = Cache(**cache_options)
         try:
-            model = load_model(config.model, id=config.id, cache=cache, **options)
+            model = load_model(config.model, id=config.id, cache=cache, kv_events=events, **options)
         except BaseException:
             cache.close()
             raise
         self._replica = Replica(model, self._name)
+        if events is not None:
+            self._replica.events, self._replica.replay = events.addresses
 
     async def run(self, request: str, body: bytes, identity: str) -> AsyncIterator[tuple[str, list[bytes]]]:
         """Run a request; see `Replica.run`. Every item has the name of the replica."""
@@ -83,6 +88,13 @@ class FleetReplica:
             replica.close()
 
 
+def _event_options() -> KvEvents:
+    """Return options that publish on free ports of the address by which the cluster's nodes reach this one."""
+    host = ray.util.get_node_ip_address()
+    host = f"[{host}]" if ":" in host else host
+    return KvEvents(f"tcp://{host}:*", trusted_network=True).with_ports()
+
+
 @serve.ingress()
 class FleetIngress:
     """The deployment that takes HTTP requests, renders and tokenizes."""
@@ -108,7 +120,12 @@ class FleetIngress:
 
 
 def _router_options(config: FleetConfig) -> dict[str, Any]:
-    return {"fleet": config.id, "policy": config.policy, "weight": config.weight}
+    return {
+        "fleet": config.id,
+        "policy": config.policy,
+        "weight": config.weight,
+        "kv_events": config.kv_events,
+    }
 
 
 def make_application(config: FleetConfig) -> serve.Application:

@@ -11,12 +11,20 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from erllama.fleet.event_subscriber import EventSubscriber
 from erllama.fleet.prefix_router import PrefixRouter, shared_router
 
 
-def make_router(fleet: str, policy: str, weight: float) -> PrefixRouter:
+def make_router(fleet: str, policy: str, weight: float, kv_events: bool) -> PrefixRouter:
     """Return the router of a fleet in this process; make it at the first call."""
-    return shared_router(fleet, lambda: PrefixRouter(policy, weight))
+
+    def make() -> PrefixRouter:
+        router = PrefixRouter(policy, weight)
+        if kv_events:
+            router.subscribe = EventSubscriber(router.apply).set_replicas
+        return router
+
+    return shared_router(fleet, make)
 
 
 class FleetRequestRouter(RequestRouter):
@@ -24,9 +32,9 @@ class FleetRequestRouter(RequestRouter):
 
     _router: PrefixRouter
 
-    def initialize_state(self, fleet: str, policy: str, weight: float) -> None:
+    def initialize_state(self, fleet: str, policy: str, weight: float, kv_events: bool) -> None:
         """Set the router of the process; Ray passes the arguments of `RequestRouterConfig`."""
-        self._router = make_router(fleet, policy, weight)
+        self._router = make_router(fleet, policy, weight, kv_events)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Set the replicas that serve requests, and what they report."""

@@ -39,6 +39,11 @@ from erllama.fleet.transport import WirePrefix
 
 log = logger("erllama.fleet")
 
+# Seconds for which messages of a reply gather: each one that Ray carries costs milliseconds in three processes. Of a
+# reply that nobody reads before its end, only the progress is sent, so that another replica can continue it.
+_GATHER_STREAMED = 0.02
+_GATHER_WHOLE = 0.5
+
 
 def identity_of(namespace: Mapping[str, object], recipe: bytes) -> str:
     """Return a name for a model and the layout of its KV. Equal names mean equal token ids and interchangeable KV."""
@@ -56,7 +61,8 @@ class ReplicaRequest:
         self._ended = False
         self._bodies: deque[bytes] = deque()
         self._loop = asyncio.get_running_loop()
-        self._ready = asyncio.Event()
+        self._ready, self._end = asyncio.Event(), asyncio.Event()
+        self._gather = _GATHER_STREAMED if message.streaming else _GATHER_WHOLE
         self._request = RunningRequest(message.id, ticket, self, n_known, is_read=message.streaming)
 
     def announced(self, request: RunningRequest) -> Waker:
@@ -82,10 +88,15 @@ class ReplicaRequest:
         self._bodies.append(body)
         self._ended = self._ended or ends
         with suppress(RuntimeError):  # the event loop has ended
-            self._loop.call_soon_threadsafe(self._ready.set)
+            self._loop.call_soon_threadsafe(self._announce, ends)
+
+    def _announce(self, ends: bool) -> None:
+        self._ready.set()
+        if ends:
+            self._end.set()
 
     async def bodies(self) -> AsyncIterator[list[bytes]]:
-        """Yield messages as they come, all that wait at once, until the request has ended."""
+        """Yield messages, those of a short time together, until the request has ended. The first ones come at once."""
         while True:
             await self._ready.wait()
             self._ready.clear()
@@ -95,6 +106,8 @@ class ReplicaRequest:
                 yield found
             if ended and not self._bodies:
                 return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._end.wait(), self._gather)
 
 
 class Replica:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # Ray gives up after seconds if a process of it starts slowly, as on a machine whose cores are all busy.
 _PATIENCE = {
@@ -45,7 +45,8 @@ def ray_cluster(port: int, n_cpus: int = 16) -> Iterator[None]:
             log_to_driver=bool(os.environ.get("ERLLAMA_FLEET_LOGS")),
             _temp_dir=directory,
         )
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        with suppress(TimeoutError):  # of the proxy, after 60 seconds: `Environment.deploy` waits for it
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
         yield
     finally:
         if ray.is_initialized():
