@@ -1,10 +1,13 @@
 """The publisher of one model's KV events: a thread that reads the cache's block log and owns two ZeroMQ sockets.
 
-The PUB socket sends `[topic, sequence number, batch]`. The ROUTER socket answers a sequence number with the batches
-from it on. Numbers start at the microseconds since 1970, so those of a restarted process continue to rise, and a
-subscriber that missed the restart sees a gap. The first batch of a publisher clears all blocks and is followed by
-all that the tiers hold. An empty batch is sent now and then, so that a subscriber that lost the last batch sees a
-gap, too.
+One socket sends `[topic, sequence number, batch]` to all subscribers. It is an XPUB socket: a PUB socket that
+learns of new subscribers. A ROUTER socket answers a sequence number with the batches from it on. Numbers start at 0
+and have no gaps, because vllm-router refuses replays with gaps, and takes a lower number for a restart.
+
+The first batch clears all blocks, and the content of all tiers follows. Both are sent again to subscribers that
+connect soon after the start: they may know the blocks of the process before this one. Later subscribers get an
+empty batch, so that they see the gap and ask for a replay. An empty batch is also sent now and then, for
+subscribers that lost the last one.
 
 Requests and saves never wait for the publisher, and it never waits for a subscriber. A publisher that fails logs
 the failure and stops; the model is not affected.
@@ -12,6 +15,7 @@ the failure and stops; the model is not affected.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
@@ -38,7 +42,12 @@ log = logger("erllama.events")
 
 _GATHER_SECONDS = 0.01  # to wait for further changes after the first one, so that they share a batch
 _READ_SECONDS = 1.0  # between two reads of the log without a change: other processes write to shared directories
-_IDLE_SECONDS = 5.0  # without a batch, after which an empty one is sent
+_IDLE_SECONDS = 15.0  # without a batch, after which an empty one is sent
+_START_SECONDS = 60.0  # after the start, in which subscribers of the process before this one may connect again
+# After a subscriber has connected, before it gets a batch: others of the same router connect at the same time.
+_CONNECT_SECONDS = 0.05
+# Between two announcements to all subscribers because one of them asks for more than is kept.
+_ANNOUNCE_SECONDS = 10.0
 _BIND_SECONDS = 1.0  # for an address in use: the process before this one may still be ending
 _RETRY_SECONDS = 0.1
 _CLOSE_SECONDS = 2.0
@@ -107,8 +116,12 @@ class Publisher:
         self._blocks.lora_names = dict(namespaces)
         self._buffer = ReplayBuffer(options.replay_batches, int(options.replay_bytes))
         self._replays: deque[Replay] = deque()
-        self._number = time.time_ns() // 1000  # of the next batch
-        self._last_sent = 0.0
+        self._number = 0  # of the next batch
+        self._last_sent = 0.0  # this and the times below by time.monotonic()
+        self._began = time.monotonic()
+        self._greet_at = math.inf  # when new subscribers get a batch
+        self._announced = -math.inf  # the last announcement of all blocks
+        self._announce_at = math.inf  # the next one, if a subscriber needs it
         self._stopping = False
         self._n_batches = self._n_replays = 0
         self._process = os.getpid()
@@ -157,7 +170,7 @@ class Publisher:
 
     def _bind_all(self) -> None:
         if self._events is None:
-            self._events = self._bind(self._zmq.PUB, self._options.addresses[0], "address")
+            self._events = self._bind(self._zmq.XPUB, self._options.addresses[0], "address")
             self.address = _bound(self._events)
         if self._requests is None:
             self._requests = self._bind(self._zmq.ROUTER, self._options.addresses[1], "replay_address")
@@ -174,6 +187,8 @@ class Publisher:
             made.setsockopt(self._zmq.IPV6, 1)
         if kind == self._zmq.ROUTER:
             made.setsockopt(self._zmq.ROUTER_MANDATORY, 1)
+        else:
+            made.setsockopt(self._zmq.XPUB_VERBOSE, 1)
         deadline = time.monotonic() + _BIND_SECONDS
         while True:
             try:
@@ -221,28 +236,57 @@ class Publisher:
                 self._bind_all()
         return self._events, self._requests
 
-    def _publish(self, events: zmq.Socket[bytes], requests: zmq.Socket[bytes]) -> None:
+    def _publish(self, pub: zmq.Socket[bytes], router: zmq.Socket[bytes]) -> None:
         poller = self._zmq.Poller()
-        poller.register(requests, self._zmq.POLLIN)
-        poller.register(self._wake_reader, self._zmq.POLLIN)
-        self._read_log(events)
+        for source in (pub, router, self._wake_reader):
+            poller.register(source, self._zmq.POLLIN)
+        self._read_log(pub)
         progress = False  # whether a replay can be continued at once
         while not self._stopping:
-            seconds = 0.0 if progress else _RETRY_SECONDS if self._replays else _READ_SECONDS
-            ready = dict(poller.poll(int(seconds * 1000)))
+            ready = dict(poller.poll(0 if progress else self._wait_ms()))
             if self._wake_reader.fileno() in ready:
                 with suppress(BlockingIOError):
                     self._wake_reader.recv(4096)
                 if not self._stopping:
                     time.sleep(_GATHER_SECONDS)
-            self._read_log(events)
-            if requests in ready:
-                self._accept_replays(requests)
-            progress = self._send_replays(requests)
-            if time.monotonic() - self._last_sent > _IDLE_SECONDS:
-                self._send(events, [], keep=False)
-        self._read_log(events)
-        self._send(events, [AllBlocksCleared()])
+            self._read_log(pub)
+            if pub in ready:
+                self._accept_subscribers(pub)
+            if router in ready:
+                self._accept_replays(router)
+            progress = self._send_replays(router)
+            self._send_due(pub)
+        self._read_log(pub)
+        self._send(pub, [AllBlocksCleared()])
+
+    def _wait_ms(self) -> int:
+        seconds = _RETRY_SECONDS if self._replays else _READ_SECONDS
+        due = min(self._greet_at, self._announce_at) - time.monotonic()
+        return max(math.ceil(min(seconds, due) * 1000), 0)
+
+    def _accept_subscribers(self, pub: zmq.Socket[bytes]) -> None:
+        """Note that subscribers have connected."""
+        with suppress(self._zmq.Again):
+            while True:
+                if pub.recv(self._zmq.NOBLOCK)[:1] == b"\x01":
+                    self._greet_at = min(self._greet_at, time.monotonic() + _CONNECT_SECONDS)
+
+    def _send_due(self, pub: zmq.Socket[bytes]) -> None:
+        """Send what is due without a change of the cache: an announcement, or an empty batch."""
+        now = time.monotonic()
+        greets = now >= self._greet_at
+        if now >= self._announce_at or (greets and now - self._began < _START_SECONDS):
+            self._announce(pub)
+        elif greets or now - self._last_sent > _IDLE_SECONDS:
+            self._send(pub, [])
+        if greets:
+            self._greet_at = math.inf
+
+    def _announce(self, pub: zmq.Socket[bytes]) -> None:
+        """Send all blocks to all subscribers, which forget what they knew."""
+        self._announced, self._announce_at = time.monotonic(), math.inf
+        for payload in payloads(self._blocks, self._blocks.located()):
+            self._send_payload(pub, payload)
 
     def _read_log(self, pub: zmq.Socket[bytes]) -> None:
         """Send the changes since the last call; all blocks if the log has lost some."""
@@ -251,29 +295,23 @@ class Publisher:
             for events in _split(self._blocks.apply(changes)):
                 self._send(pub, events)
             return
-        if self._n_batches:
+        if self._number:
+            self._cache.count_events(dropped=1)
             log.warning("model %r: too many changes waited for its KV events; announcing all blocks", self._name)
         self._blocks.replace(changes)
-        self._buffer.clear()
-        for payload in payloads(self._blocks, self._blocks.located()):
-            self._send_payload(pub, payload)
+        self._announce(pub)
 
-    def _send(self, pub: zmq.Socket[bytes], events: list[Event], *, keep: bool = True) -> None:
-        self._send_payload(pub, encode(EventBatch(time.time(), events)), keep=keep)
+    def _send(self, pub: zmq.Socket[bytes], events: list[Event]) -> None:
+        self._send_payload(pub, encode(EventBatch(time.time(), events)))
 
-    def _send_payload(self, pub: zmq.Socket[bytes], payload: bytes, *, keep: bool = True) -> None:
-        """Send a batch to all subscribers. Drops it for those that have too many waiting.
-
-        Args:
-            keep: keep it for replays. An empty batch need not be kept.
-        """
-        number = self._number
+    def _send_payload(self, pub: zmq.Socket[bytes], payload: bytes) -> None:
+        """Send a batch to all subscribers, and keep it for replays. Drops it for those with too many waiting."""
+        batch = Batch(self._number, payload)
         self._number += 1
-        if keep:
-            self._buffer.add(Batch(number, payload))
-            self._n_batches += 1
-            self._cache.count_events(batches=1)
-        pub.send_multipart((self._topic, sequence_bytes(number), payload), self._zmq.NOBLOCK)
+        self._buffer.add(batch)
+        self._n_batches += 1
+        self._cache.count_events(batches=1)
+        pub.send_multipart((self._topic, sequence_bytes(batch.number), payload), self._zmq.NOBLOCK)
         self._last_sent = time.monotonic()
 
     # --- replays -------------------------------------------------------------------------------------
@@ -295,11 +333,19 @@ class Publisher:
             self._cache.count_events(replays=1)
 
     def _batches_since(self, number: int) -> Iterator[Batch]:
+        """Return the batches from a number on; a snapshot if some of them are not kept any more.
+
+        vllm-router refuses the snapshot, because its numbers do not begin with the requested one. So all blocks are
+        also announced to all subscribers.
+        """
         last = self._number - 1
         if number > last:
             return iter(())
         kept = self._buffer.since(number)
-        return iter(kept) if kept is not None else snapshot(self._blocks, self._blocks.located(), number, last)
+        if kept is not None:
+            return iter(kept)
+        self._announce_at = min(self._announce_at, self._announced + _ANNOUNCE_SECONDS)
+        return snapshot(self._blocks, self._blocks.located(), number, last)
 
     def _send_replays(self, router: zmq.Socket[bytes]) -> bool:
         """Send parts of the replays that wait. Return whether some of them can be continued at once."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from erllama.cache import Cache
-from erllama.engine.kv.prefix_cache import NamespaceValue, prompt_namespace
+from erllama.cache.blocks.keys import NamespaceValue
+from erllama.engine.kv.prefix_cache import prompt_namespace
 from erllama.events.options import KvEvents
 from erllama.events.publisher import Publisher
 

@@ -48,11 +48,6 @@ class ReplayBuffer:
         while self._batches and (len(self._batches) > self._max_batches or self.n_bytes > self._max_bytes):
             self.n_bytes -= len(self._batches.popleft().payload)
 
-    def clear(self) -> None:
-        """Drop all batches: a snapshot replaces them."""
-        self._batches.clear()
-        self.n_bytes = 0
-
     def since(self, number: int) -> list[Batch] | None:
         """Return the batches from a sequence number on; None if the buffer has dropped some of them."""
         if not self._batches or number < self._batches[0].number:
