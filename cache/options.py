@@ -14,6 +14,7 @@ from typing import NamedTuple
 import platformdirs
 
 from erllama.cache.pressure.pressure import Pressure
+from erllama.cache.remote.options import DEFAULT_QUOTA, RemoteOptions, remote_options
 from erllama.cache.sizes import parse_bytes
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.read_only import create_file_tier, is_read_only
@@ -27,6 +28,10 @@ OPTIONS = (
     "ram_file_quota",
     "disk",
     "disk_quota",
+    "remote",
+    "remote_key_file",
+    "remote_quota",
+    "remote_lifetime",
     "read_only",
     "tiers",
     "block_size",
@@ -66,9 +71,17 @@ def check_options(options: Mapping[str, object]) -> list[Root]:
         for name in ("ram_file", "disk")
         for root in directories(name, options.get(name), options.get(f"{name}_quota", 1))
     ]
-    if boolean("read_only", options.get("read_only", False)):
-        roots = as_read_only(roots)
-    check_separate(roots)
+    read_only = boolean("read_only", options.get("read_only", False))
+    remote = remote_options(
+        options.get("remote"),
+        options.get("remote_key_file"),
+        options.get("remote_quota", DEFAULT_QUOTA),
+        options.get("remote_lifetime"),
+        read_only,
+    )
+    if read_only:
+        roots = as_read_only(roots, remote is not None)
+    check_separate([*roots, *remote_root(remote)])
     custom_tiers(options.get("tiers", ()))
     Pressure.of(options.get("pressure"))
     return roots
@@ -115,13 +128,13 @@ def directories(name: str, value: object, quota: object) -> list[Root]:
     return roots
 
 
-def as_read_only(roots: Sequence[Root]) -> list[Root]:
+def as_read_only(roots: Sequence[Root], has_remote: bool = False) -> list[Root]:
     """Return the roots, to be read only.
 
     Raises:
-        OptionError: `roots` is empty.
+        OptionError: `roots` is empty, and there is no remote tier.
     """
-    if not roots:
+    if not roots and not has_remote:
         raise OptionError("read_only=True without a directory; pass disk or ram_file, too")
     return [root._replace(read_only=True) for root in roots]
 
@@ -136,6 +149,13 @@ def check_separate(roots: Sequence[Root]) -> None:
                     f"{root.tier}: {root.path} and {other.path} are equal, or one lies in the other; "
                     "pass separate directories"
                 )
+
+
+def remote_root(remote: RemoteOptions | None) -> list[Root]:
+    """Return the directory of a remote tier, for `check_separate`; none if it is in a bucket."""
+    if remote is None or "://" in remote.address:
+        return []
+    return [Root("remote", Path(remote.address), remote.quota)]
 
 
 def file_tiers(roots: Sequence[Root], watch: bool) -> list[FileTier]:

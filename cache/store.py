@@ -34,14 +34,17 @@ from erllama.cache.options import (
     OPTIONS,
     Directories,
     as_read_only,
+    check_separate,
     checked_block_size,
     custom_tiers,
     directories,
     file_tiers,
+    remote_root,
 )
 from erllama.cache.pipeline.attached_tiers import AttachedTiers
 from erllama.cache.pipeline.change_feed import ChangeFeed
 from erllama.cache.pipeline.evictor import Evictor
+from erllama.cache.pipeline.fetcher import Fetch, Fetcher
 from erllama.cache.pipeline.garbage_collector import GarbageCollector
 from erllama.cache.pipeline.integrity import IntegrityChecker
 from erllama.cache.pipeline.loader import Loader
@@ -54,6 +57,7 @@ from erllama.cache.pipeline.tier_set import TierSet
 from erllama.cache.pipeline.tier_writer import TierWriter
 from erllama.cache.pipeline.write_queue import PendingSave, WriteQueue
 from erllama.cache.pressure.pressure import Pressure, PressureWatch
+from erllama.cache.remote.options import DEFAULT_QUOTA, create_remote_tier, remote_options
 from erllama.cache.sharing.members import CacheMember, MemberReport, Members
 from erllama.cache.sharing.spec import CacheSpec, root_specs
 from erllama.cache.sizes import parse_bytes
@@ -88,7 +92,12 @@ class Cache:
             True for the user's cache directory; None for no disk. Several directories are one tier: pass a sequence
             of them, or a mapping to their quotas.
         disk_quota: budget of each such directory.
-        read_only: read the directories and never write to them. A directory that holds a cache and cannot
+        remote: a bucket or a mounted directory that several machines share, as "s3://bucket/prefix", "gs://…", "az://…",
+            "file:///directory" or a path. Buckets need the extra `remote`. It is the slowest tier.
+        remote_key_file: file of the keys that sign blocks there; see `erllama cache new-key`. Required with `remote`.
+        remote_quota: budget of all blocks there, those of other machines included.
+        remote_lifetime: remove blocks there that were not used for so long, as "30d" or in seconds; None to keep them.
+        read_only: read the directories and the remote tier, and never write to them. A directory that holds a cache and cannot
             be written, such as one on a read-only mount, is always opened read-only.
         tiers: tiers of your own, slower than all these, from fast to slow.
         block_size: tokens per block; a power of two from 16 to 4096.
@@ -112,6 +121,10 @@ class Cache:
         ram_file_quota: str | int = "4GiB",
         disk: Directories = None,
         disk_quota: str | int = "50GiB",
+        remote: str | Path | None = None,
+        remote_key_file: str | Path | None = None,
+        remote_quota: str | int = DEFAULT_QUOTA,
+        remote_lifetime: str | float | None = None,
         read_only: bool = False,
         tiers: Sequence[Tier] = (),
         block_size: int = 256,
@@ -128,10 +141,16 @@ class Cache:
         queue_bytes = parse_bytes("write_queue", write_queue)
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
         self._watch = boolean("watch", watch)
-        if boolean("read_only", read_only):
-            roots = as_read_only(roots)
+        self._remote = remote_options(
+            remote, remote_key_file, remote_quota, remote_lifetime, boolean("read_only", read_only)
+        )
+        if read_only:
+            roots = as_read_only(roots, self._remote is not None)
         all_tiers: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
         all_tiers += file_tiers(roots, self._watch)
+        check_separate([*roots, *remote_root(self._remote)])
+        if self._remote is not None:
+            all_tiers.append(create_remote_tier(self._remote))
         self._custom_tiers = custom_tiers(tiers)
         # Created before any directory is opened, because it raises if its source is not available.
         self._pressure = self._pressure_watch(Pressure.of(pressure))
@@ -146,8 +165,12 @@ class Cache:
         cache = cls.__new__(cls)
         cache.ram_budget, cache.block_size, cache._watch = spec.ram, spec.block_size, spec.watch
         cache._custom_tiers, cache._pressure, cache._pin_quota = [], None, spec.pin_quota
+        cache._remote = spec.remote
         tiers: list[Tier] = [RamTier(spec.ram)] if spec.ram else []
-        cache._start([*tiers, *file_tiers(spec.as_roots(), spec.watch)], spec.write_queue, frozenset(["ram_file"]))
+        tiers += file_tiers(spec.as_roots(), spec.watch)
+        if spec.remote is not None:
+            tiers.append(create_remote_tier(spec.remote))
+        cache._start(tiers, spec.write_queue, frozenset(["ram_file"]))
         return cache
 
     def _start(self, tiers: list[Tier], queue_bytes: int, immediate: frozenset[str] = frozenset()) -> None:
@@ -203,6 +226,7 @@ class Cache:
         writer = TierWriter(lock, catalog, counters, queue, tier_set, evictor, feed)
         self._saver = Saver(lock, catalog, counters, queue, tier_set, feed, writer, self.block_size)
         self._loader = Loader(lock, catalog, counters, queue, evictor, writer)
+        self._fetcher = Fetcher(lock, catalog, self._loader)
         self._pinner = Pinner(lock, catalog, counters, queue, tier_set, feed, writer, self._loader)
         self._texts = TextMemory(queue, tier_set)
         self._attached = AttachedTiers(lock, catalog, tier_set)
@@ -283,22 +307,40 @@ class Cache:
             self.count_request(kind, n_tokens, resumed=resumed)
         return Match(tuple(blocks), n_tokens, unpin)
 
-    def load(self, block: Block) -> Loaded | None:
+    @uninterrupted
+    def fetch(self, blocks: Sequence[Block], seconds_per_token: float | None = None) -> Fetch:
+        """Begin to read the blocks that only a remote tier has, in the background. The engine calls it.
+
+        Does not wait. The result is done once the blocks were read, or waiting is not worth it any more: a read must
+        not take longer than computing. `load` and `load_batches` then return them while the result exists.
+
+        Args:
+            blocks: of a match, from the first that is needed to the last.
+            seconds_per_token: how long the model computes; None if that is unknown.
+        """
+        return self._fetcher.fetch(blocks, seconds_per_token)
+
+    def load(self, block: Block, *, local: bool = False) -> Loaded | None:
         """Load the payload of a block from the fastest tier that has it.
+
+        Args:
+            local: do not wait for a remote tier: only what `fetch` has brought counts.
 
         Returns:
             the payload, and the block as it was saved with it. None if each tier has lost or damaged it;
             the cache then drops the block.
         """
-        return self._loader.load(block)
+        return self._loader.load(block, local)
 
-    def load_batches(self, blocks: Sequence[Block]) -> Generator[list[Loaded], None, None]:
+    def load_batches(
+        self, blocks: Sequence[Block], *, local: bool = False
+    ) -> Generator[list[Loaded], None, None]:
         """Load several blocks in order, and yield them in batches. While the caller uses one, the next is read.
 
         Ends at the first block that `load` would not return. The caller keeps the blocks pinned, and closes the
         iterator if it stops early.
         """
-        return self._loader.load_batches(blocks)
+        return self._loader.load_batches(blocks, local)
 
     @uninterrupted
     def save(
@@ -579,6 +621,7 @@ class Cache:
                 self._queue.limit_bytes,
                 self._watch,
                 self._pin_quota,
+                self._remote,
             )
             self._check_open()
             return spec
@@ -772,8 +815,8 @@ class Cache:
         queue = self._queue
         flush = queue.begin_flush()
         complete = not len(self._members) or self._flush_members(timeout)
-        left = None if timeout is None else timeout - (time.monotonic() - began)
-        return queue.wait(flush, left) and complete
+        complete = queue.wait(flush, _left(began, timeout)) and complete
+        return self._tier_set.flush(_left(began, timeout)) and complete
 
     @uninterrupted
     def _flush_members(self, timeout: float | None) -> bool:
@@ -801,7 +844,7 @@ class Cache:
             self._reset()
         queue.abandon()
         for tier in tier_set:
-            (tier.abandon if isinstance(tier, FileTier) else tier.close)()
+            tier.abandon()
         _open_caches.discard(self)
 
     def _reset(self) -> None:
@@ -829,6 +872,11 @@ class Cache:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _left(began: float, timeout: float | None) -> float | None:
+    """Return what is left of a timeout that began at a time of time.monotonic(); None if there is none."""
+    return None if timeout is None else timeout - (time.monotonic() - began)
 
 
 _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}

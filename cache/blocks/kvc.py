@@ -108,6 +108,35 @@ def decode_header(content: memoryview) -> tuple[Block, int, bytes]:
     return block, payload_bytes, payload_checksum
 
 
+def encode(block: Block, payload: memoryview) -> tuple[bytes, memoryview]:
+    """Return the content of a file, as the header and what follows it."""
+    return encode_header(block, payload), payload
+
+
+def encoded_bytes(n_tokens: int, payload_bytes: int) -> int:
+    """Return the length of what `encode` returns for a block of `n_tokens`."""
+    return header_bytes(n_tokens) + payload_bytes
+
+
+def decode(content: memoryview) -> tuple[Block, memoryview]:
+    """Verify the content of a file that is in memory.
+
+    Returns:
+        the block, and its payload as a part of `content`.
+
+    Raises:
+        CacheFormatError: the content is not valid.
+    """
+    block, payload_bytes, checksum = decode_header(content)
+    n_header = header_bytes(block.n_tokens)
+    if content.nbytes != n_header + payload_bytes:
+        raise CacheFormatError(f"{content.nbytes} bytes; the header says {n_header + payload_bytes}")
+    payload = content[n_header:]
+    if xxhash.xxh3_128_digest(payload) != checksum:
+        raise CacheFormatError("the payload's checksum does not match")
+    return block, payload
+
+
 def read(path: Path) -> tuple[Block, NDArray[np.uint8]]:
     """Read and verify one file.
 

@@ -124,10 +124,10 @@ NEED_EXTRAS = {
 # All modules of the server, and its commands, need the extra `server`.
 SERVER_MODULES = (
     "erllama.server",
-    "erllama.cli.serve",
-    "erllama.cli.running_server",
-    "erllama.cli.ps",
-    "erllama.cli.stop",
+    "erllama.cli.server.serve",
+    "erllama.cli.server.running_server",
+    "erllama.cli.server.ps",
+    "erllama.cli.server.stop",
 )
 SERVER_PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 # Only a build of the wheel imports this module: it reads shim.h, which the wheel does not hold.

@@ -26,8 +26,8 @@ from erllama.server.application import all_endpoints, make_app, make_server
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import NoBody
 from erllama.server.openapi import describe, document_endpoint
-from erllama.server.options import ServerOptions
 from erllama.server.replies.openai_errors import ERRORS
+from erllama.server.settings.options import ServerOptions
 from support.cli import write_replying_model
 from support.http_server import running, serve_command
 from support.json_fuzz import ANYTHING, nearly

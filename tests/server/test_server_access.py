@@ -15,7 +15,7 @@ from erllama.server import ApiKey, ServedModel
 from erllama.server.conduct.errors import ApiError
 from erllama.server.conduct.hosts import HostCheck
 from erllama.server.conduct.rate_limits import RateLimits
-from erllama.server.listening import ListenOptions
+from erllama.server.settings.listening import ListenOptions
 from support.engine_models import GatedBackend
 from support.http_server import CHAT, RunningServer, chat_body, read_until, request_bytes, running
 from support.threads import wait_until

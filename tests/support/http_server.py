@@ -21,9 +21,9 @@ import uvicorn
 import erllama
 from erllama.server import ServedModel, ServerOptions
 from erllama.server.application import make_server
-from erllama.server.listening import ListenOptions, url_of
 from erllama.server.models import ModelPool
 from erllama.server.run import uvicorn_config
+from erllama.server.settings.listening import ListenOptions, url_of
 from erllama.server.state import Server
 from support.threads import wait_until
 
