@@ -16,6 +16,8 @@ INSTALLED := $(VENV)/.installed-$(BACKEND)$(if $(filter 1,$(RPC)),+rpc)
 INSTALLED_DEV := $(VENV)/.dev
 LLAMAINDEX := $(VENV)/llamaindex
 INSTALLED_LLAMAINDEX := $(LLAMAINDEX)/.installed
+RAY := $(VENV)/ray
+INSTALLED_RAY := $(RAY)/.installed
 # The tests of `make check`: fast files that protect what often breaks. All of them take less than a minute of CPU time.
 FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapters.py chat/test_tool_formats.py chat/test_turns.py \
 	cli/test_cli_chat.py docs/test_cli_docs.py cli/test_cli_files.py docs/test_plots.py models/test_loading.py \
@@ -38,7 +40,7 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model real-models agents test test-page test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model real-models agents test test-page test-rpc test-models test-llama-server test-fleet check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -65,6 +67,16 @@ $(INSTALLED_LLAMAINDEX): $(INSTALLED)
 	@$(PYTHON) -m venv $(LLAMAINDEX)
 	@$(BIN)/python scripts/extra_requirements.py llamaindex > $(LLAMAINDEX)/requirements.txt
 	@$(LLAMAINDEX)/bin/python -m pip --disable-pip-version-check -q -q install -r $(LLAMAINDEX)/requirements.txt
+	@touch $@
+
+# In an environment of its own, which finds erllama and what is not installed there in the other one.
+$(INSTALLED_RAY): $(INSTALLED_DEV)
+	@echo "setup: installing Ray for the tests of fleets, in $(RAY)"
+	@$(BIN)/python -m venv $(RAY)
+	@$(BIN)/python scripts/extra_requirements.py ray > $(RAY)/requirements.txt
+	@$(RAY)/bin/python -m pip --disable-pip-version-check -q -q install -r $(RAY)/requirements.txt
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
+	"$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_erllama.pth"
 	@touch $@
 
 demo: setup
@@ -114,6 +126,12 @@ test-llama-server: setup-dev
 # agents first: 600 MB in the user's cache directory. AGENTS holds further arguments, as AGENTS="--agent codex".
 agents: setup-dev
 	$(BIN)/python -m scripts.agents $(AGENTS)
+
+# A fleet under Ray Serve, with replicas of the demo model on this machine: reuse of prefixes, a killed replica, scaling, and
+# replicas of another model. Some minutes on two idle cores. FLEET holds further arguments, as
+# FLEET="--conversations 50 reuse".
+test-fleet: $(INSTALLED_RAY)
+	$(RAY)/bin/python -m scripts.fleet_tests $(FLEET)
 
 # The linters and the fast tests: under two minutes on two idle cores. Run it before each commit.
 check: lint

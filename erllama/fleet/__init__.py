@@ -7,8 +7,9 @@
 
 `serve run erllama.fleet:app config=fleet.toml` does the same from a file. Needs `pip install 'erllama[ray]'`.
 
-Imports run one way: ray_app -> ray_router, ray_calls, ingress -> runner -> replica -> prefix_router -> prefix_index,
-loads, ranking, hot_prefixes, drains -> kv_events, transport. Only the modules whose names begin with `ray_` import Ray.
+Imports run one way: ray_app -> ray_router, ray_calls, ingress -> runner -> replica -> prefix_router ->
+prefix_index, loads, ranking, hot_prefixes, drains -> kv_events, transport. Only the modules whose names begin with
+`ray_` import Ray.
 """
 
 from __future__ import annotations

@@ -109,8 +109,8 @@ class FleetConfig:
         integer("max_replicas", self.max_replicas, 1, _MAX_REPLICAS)
         if self.replicas != 1:
             raise OptionError(
-                f"replicas={self.replicas} and max_replicas={self.max_replicas}; pass replicas for a fixed number, or "
-                "min_replicas and max_replicas"
+                f"replicas={self.replicas} and max_replicas={self.max_replicas}; pass replicas for a fixed number, "
+                "or min_replicas and max_replicas"
             )
         if self.max_replicas < self.min_replicas:
             raise OptionError(f"max_replicas={self.max_replicas} is below min_replicas={self.min_replicas}")
@@ -182,7 +182,7 @@ class FleetConfig:
 
     @classmethod
     def of_file(cls, path: str | Path) -> FleetConfig:
-        """Return the configuration in a TOML file: the options, with `[options]`, `[cache]` and `[server]` as tables.
+        """Return the configuration in a TOML file, with the tables `[options]`, `[cache]` and `[server]`.
 
         Raises:
             OptionError: the file cannot be read, or is wrong.

@@ -1,8 +1,8 @@
 """Subscribes to the KV events of replicas: one thread per process, with two ZeroMQ sockets per replica.
 
 Replicas report the addresses of their events with their load. A new replica's blocks are asked for as a replay from
-the beginning, and so are messages that were lost. An event that cannot be read is logged and skipped: routing is less
-exact then, and requests are not affected.
+the beginning, and so are messages that were lost. An event that cannot be read is logged and skipped: routing is
+less exact then, and requests are not affected.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The model of an ingress: a vocabulary of this machine, and a runner that sends requests to replicas. Imports no Ray.
+"""The model of an ingress: a vocabulary of this machine, and a runner that sends requests to replicas.
 
-The ingress renders and tokenizes with its own copy of the model's file, of which it reads the vocabulary alone. So it
-checks that the replicas have the same file.
+The ingress renders and tokenizes with its own copy of the model's file, of which it reads the vocabulary alone. So
+it checks that the replicas have the same file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from erllama._model.model import Model
 from erllama._process.protocol import messages as m
 from erllama._process.remote_backend import ModelFile, RemoteBackend
 from erllama.cache import Cache, Policy
+from erllama.checks import seconds
 from erllama.engine.backends.fingerprint import Fingerprint, content_digest
 from erllama.engine.backends.gguf_parts import parts
 from erllama.errors import ModelMismatch
@@ -33,8 +34,6 @@ def open_ingress(config: FleetConfig, calls: ReplicaCalls, router: PrefixRouter)
         ModelMismatch: the replica has another file.
         ModelLoadError: the file of this machine cannot be read.
     """
-    from erllama.checks import seconds
-
     options = config.model_options()
     # Texts of replies with their tokens; no KV.
     cache = Cache(ram="64MiB")
@@ -50,8 +49,9 @@ def open_ingress(config: FleetConfig, calls: ReplicaCalls, router: PrefixRouter)
     try:
         backend = runner.connect(lambda own, _, started: _describe(own, config, options, started, cache))
         salt: Any = options.get("cache_salt")
+        policy: Any = options.get("policy")
         id = registry.reserve(config.id, reservation)
-        model = Model(backend, id, cache, Policy.of(_policy(options)), salt, runner, backend.n_seq_max, registry)
+        model = Model(backend, id, cache, Policy.of(policy), salt, runner, backend.n_seq_max, registry)
         registry.add(model, reservation)
         return model
     except BaseException:
@@ -59,10 +59,6 @@ def open_ingress(config: FleetConfig, calls: ReplicaCalls, router: PrefixRouter)
         runner.stop()
         cache.close()
         raise
-
-
-def _policy(options: Mapping[str, object]) -> Any:
-    return options.get("policy")
 
 
 def _describe(
@@ -87,14 +83,14 @@ def _describe(
     if own != theirs:
         backend.close()
         raise ModelMismatch(
-            f"the replicas of model {config.id!r} have another file than this machine's {file}: their fingerprint is "
-            f"{theirs!r}, not {own!r}. Give all machines the same file"
+            f"the replicas of model {config.id!r} have another file than this machine's {file}: their fingerprint "
+            f"is {theirs!r}, not {own!r}. Give all machines the same file"
         )
     return backend
 
 
 def fingerprint(file: Path, options: Mapping[str, object], cache: Cache) -> str:
-    """Return the fingerprint that a replica with these options gives a file. Reads the file, unless it is not "safe"."""
+    """Return the fingerprint that a replica with these options gives a file. "safe" reads the file."""
     kind: Any = options.get("fingerprint", "safe")
     own: Any = options.get("own_fingerprint")
     if kind == "safe":

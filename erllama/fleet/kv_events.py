@@ -1,7 +1,7 @@
 """KV events in the format that vLLM publishes, as replicas send them: decoded and checked.
 
-A message has three frames: a topic, an 8-byte big-endian sequence number, and a msgpack array of a timestamp, a list
-of events, and a data-parallel rank. Each event is a map with its `type`.
+A message has three frames: a topic, an 8-byte big-endian sequence number, and a msgpack array of a timestamp, a
+list of events, and a data-parallel rank. Each event is a map with its `type`.
 """
 
 from __future__ import annotations

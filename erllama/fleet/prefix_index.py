@@ -1,8 +1,8 @@
 """The prefix index: which replicas hold which prefixes, from their KV events and from the requests they were sent.
 
 Prefixes are cut into short blocks. A block's key is a hash of its tokens and of the key before it, so it stands for
-the whole prefix. Keys serve routing alone: a collision costs a longer prefill, never a wrong reply. Not thread-safe;
-`PrefixRouter` guards it.
+the whole prefix. Keys serve routing alone: a collision costs a longer prefill, never a wrong reply. Not
+thread-safe; `PrefixRouter` guards it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from erllama.fleet.kv_events import BlockRemoved, BlockStored
 
 Tokens = NDArray[np.int32]
 
-# Bits of a replica's hold on a block: one for each medium of vLLM's events, and one for what no event has confirmed.
+# Bits of a replica's hold on a block: one for each medium of vLLM's events, and one for what no event has
+# confirmed.
 _MEDIA = {"GPU": 1, "CPU": 2, "DISK": 4}
 _ASSUMED = 8
 _FAST = 1 | 2 | _ASSUMED

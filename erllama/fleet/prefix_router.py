@@ -1,7 +1,7 @@
 """The router of one process: decides which replica gets a request. Imports no Ray.
 
-The runner of the ingress announces each request before it sends it. Ray's request router, in another thread, asks for
-the order of the replicas and reports where the request went. A third thread adds KV events. So all share one
+The runner of the ingress announces each request before it sends it. Ray's request router, in another thread, asks
+for the order of the replicas and reports where the request went. A third thread adds KV events. So all share one
 `PrefixRouter`, found by the name of the fleet.
 """
 
@@ -13,6 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
+
+import msgspec
+from msgspec import Struct
 
 from erllama._runtime.log import logger
 from erllama.fleet.event_subscriber import Addresses
@@ -27,7 +30,7 @@ log = logger("erllama.fleet")
 POLICIES = ("prefix", "round_robin", "random")
 
 
-class ReplicaReport(NamedTuple):
+class ReplicaReport(Struct, frozen=True):
     """What a replica reports about itself.
 
     Attributes:
@@ -48,30 +51,14 @@ class ReplicaReport(NamedTuple):
     def of(cls, stats: Mapping[str, object]) -> ReplicaReport | None:
         """Return the report in a replica's routing statistics; None if they have none."""
         try:
-            identity, slots, tokens, requests = (
-                stats[name] for name in ("identity", "slots", "tokens", "requests")
-            )
-        except KeyError:
+            return msgspec.convert(dict(stats), cls)
+        except msgspec.ValidationError:
             return None
-        events, replay = stats.get("events"), stats.get("replay")
-        return cls(
-            str(identity),
-            int(str(slots)),
-            Load(int(str(tokens)), int(str(requests))),
-            None if events is None else str(events),
-            None if replay is None else str(replay),
-        )
 
     def as_stats(self) -> dict[str, object]:
         """Return the report as routing statistics."""
-        return {
-            "identity": self.identity,
-            "slots": self.slots,
-            "tokens": self.load.tokens,
-            "requests": self.load.requests,
-            "events": self.events,
-            "replay": self.replay,
-        }
+        found: dict[str, object] = msgspec.to_builtins(self)
+        return found
 
 
 @dataclass(slots=True)
@@ -250,7 +237,8 @@ class PrefixRouter:
 
         Args:
             request: one that was announced; None for one without a prompt.
-            replicas: those that may get it. Those with another model are left out, unless there is no other one: they
+            replicas: those that may get it. Those with another model are left out, unless there is no other one:
+            they
                 refuse the request with an error.
         """
         with self._lock:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from erllama.fleet.loads import Load
 from erllama.fleet.prefix_index import CachedPrefix
 
-# What a cached token is worth that is read from a file or a bucket: less than one in memory, more than one to compute.
+# What a cached token is worth that is read from a file or a bucket: less than one in memory, more than one to
+# compute.
 DISK_SHARE = 0.9
 
 
@@ -35,9 +36,9 @@ def score(candidate: Candidate, weight: float) -> float:
 def rank(candidates: Sequence[Candidate], weight: float, random: Random) -> list[list[str]]:
     """Return replicas from the best to the worst, in groups of at most two.
 
-    Equal scores are ordered by the number of requests. Among replicas that are equal in both, two random ones form a
-    group, so that the shorter queue at that moment decides between them: if all routers chose the same one, all cold
-    prompts would go to it.
+    Equal scores are ordered by the number of requests. Among replicas that are equal in both, two random ones form
+    a group, so that the shorter queue at that moment decides between them: if all routers chose the same one, all
+    cold prompts would go to it.
     """
 
     def order(candidate: Candidate) -> tuple[float, int]:

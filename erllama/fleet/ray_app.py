@@ -10,6 +10,8 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+from starlette.types import ASGIApp
 
 from erllama._model.load import load_model
 from erllama.cache import Cache
@@ -69,6 +71,14 @@ class FleetReplica:
         """Return the identity of the model, and its description."""
         return self._replica.describe()
 
+    async def name(self, to: str | None = None) -> str:
+        """Return the name of the replica."""
+        return self._name
+
+    async def introduce(self, to: str | None = None) -> tuple[str, bytes]:
+        """Return the name of the replica, and its encoded `Started`, with its counts."""
+        return self._name, self._replica.describe()[1]
+
     async def warm(self, prefixes: list[tuple[str | None, bytes]], to: str | None = None) -> int:
         """Load prefixes from the cache into memory."""
         found = [WirePrefix(*each) for each in prefixes]
@@ -101,12 +111,17 @@ class FleetIngress:
 
     def __init__(self, config: FleetConfig, replicas: DeploymentHandle) -> None:
         router = make_router(*_router_options(config).values())
+        self._router = router
         self._model = open_ingress(config, RayCalls(replicas), router)
         options: Any = dict(config.server)
         self._app = server_app(self._model, **options)
 
-    def __serve_build_asgi_app__(self) -> Any:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
+
+    async def routing_counts(self) -> dict[str, int]:
+        """Return what the router of this ingress has done; see `RouterCounts`."""
+        return self._router.counts()._asdict()
 
     def check_health(self) -> None:
         """Raise an error if the model was unloaded; Ray then replaces the ingress."""
@@ -138,6 +153,7 @@ def make_application(config: FleetConfig) -> serve.Application:
         FleetReplica,
         name="FleetReplica",
         ray_actor_options=dict(config.replica_resources),
+        logging_config=LoggingConfig(enable_access_log=False),  # the server of the ingress has its own
         max_ongoing_requests=config.slots + config.max_waiting + _SPARE_CALLS,
         graceful_shutdown_timeout_s=seconds("drain", config.drain) + seconds("save", config.save),
         graceful_shutdown_wait_loop_s=0.5,
@@ -153,6 +169,7 @@ def make_application(config: FleetConfig) -> serve.Application:
         name="FleetIngress",
         num_replicas=config.ingresses,
         ray_actor_options=dict(config.ingress_resources),
+        logging_config=LoggingConfig(enable_access_log=False),
         max_ongoing_requests=config.max_pending,
     )
     return ingress.bind(config, replicas.bind(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
@@ -12,6 +12,8 @@ from ray.serve.handle import DeploymentHandle
 
 from erllama.errors import Error
 from erllama.fleet.transport import Received, ReplicaLost, WirePrefix
+
+_T = TypeVar("_T")
 
 
 class RayCalls:
@@ -23,10 +25,11 @@ class RayCalls:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
+        self._run: Any = handle.options(method_name="run", stream=True)
 
     async def run(self, request: str, body: bytes, identity: str) -> AsyncIterator[Received]:
         """Run a request on the replica that the router chooses."""
-        replies: Any = self._handle.options(method_name="run", stream=True).remote(request, body, identity)
+        replies: Any = self._run.remote(request, body, identity)
         ended = False
         try:
             with _ray_errors():
@@ -39,26 +42,27 @@ class RayCalls:
 
     async def cancel(self, replica: str, request: str) -> None:
         """End a request early."""
-        await self._invoke("cancel", request, to=replica)
+        await self._call(None, "cancel", request, to=replica)
 
     async def call(self, body: bytes, replica: str | None = None) -> bytes:
         """Answer an encoded call."""
-        answer: bytes = await self._invoke("call", body, to=replica)
-        return answer
+        return await self._call(bytes, "call", body, to=replica)
 
     async def describe(self) -> tuple[str, bytes]:
         """Return the identity of the model of any replica, and its encoded `Started`."""
-        found: tuple[str, bytes] = await self._invoke("describe")
-        return found
+        identity, body = await self._call(tuple, "describe")
+        return identity, body
 
     async def warm(self, replica: str, prefixes: Sequence[WirePrefix]) -> int:
         """Load prefixes from a replica's cache into its memory."""
-        n: int = await self._invoke("warm", [(each.salt, each.tokens) for each in prefixes], to=replica)
-        return n
+        return await self._call(int, "warm", [(each.salt, each.tokens) for each in prefixes], to=replica)
 
-    async def _invoke(self, method: str, *args: object, to: str | None = None) -> Any:
+    async def _call(self, kind: type[_T] | None, method: str, *args: object, to: str | None = None) -> _T:
+        """Return what a method of a replica returns, of this type."""
         with _ray_errors():
-            return await self._handle.options(method_name=method).remote(*args, to=to)
+            found: _T = await self._handle.options(method_name=method).remote(*args, to=to)
+        assert kind is None or isinstance(found, kind)
+        return found
 
 
 @contextmanager

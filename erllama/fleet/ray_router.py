@@ -56,7 +56,7 @@ class FleetRequestRouter(RequestRouter):
         ranks = self._router.rank(_name(pending_request), list(by_name))
         return [[by_name[name] for name in names] for names in ranks]
 
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
         """Note where a request went."""
         name = _name(pending_request)
         if name is not None:

@@ -1,4 +1,4 @@
-"""A replica of a fleet: loads a model, runs the requests that the ingress sends, and reports its load. Imports no Ray.
+"""A replica of a fleet: runs the requests that the ingress sends on a loaded model, and reports its load.
 
 Requests and replies have the form that a model's process and its parent exchange, so a reply that a replica did not
 finish continues on another one with the tokens that the client has.
@@ -39,14 +39,14 @@ from erllama.fleet.transport import WirePrefix
 
 log = logger("erllama.fleet")
 
-# Seconds for which messages of a reply gather: each one that Ray carries costs milliseconds in three processes. Of a
-# reply that nobody reads before its end, only the progress is sent, so that another replica can continue it.
+# Seconds for which messages of a reply gather: each one that Ray carries costs milliseconds in three processes. Of
+# a reply that nobody reads before its end, only the progress is sent, so that another replica can continue it.
 _GATHER_STREAMED = 0.02
 _GATHER_WHOLE = 0.5
 
 
 def identity_of(namespace: Mapping[str, object], recipe: bytes) -> str:
-    """Return a name for a model and the layout of its KV. Equal names mean equal token ids and interchangeable KV."""
+    """Return a name for a model and the layout of its KV. Equal names mean equal tokens and interchangeable KV."""
     return hashlib.sha256(json.dumps(dict(namespace), sort_keys=True).encode() + b"\0" + recipe).hexdigest()[:32]
 
 
@@ -96,7 +96,7 @@ class ReplicaRequest:
             self._end.set()
 
     async def bodies(self) -> AsyncIterator[list[bytes]]:
-        """Yield messages, those of a short time together, until the request has ended. The first ones come at once."""
+        """Yield messages, those of a short time together, until the request has ended. The first come at once."""
         while True:
             await self._ready.wait()
             self._ready.clear()

@@ -1,7 +1,8 @@
 """`FleetRunner`: the `ModelRunner` of a model whose replicas run on other machines.
 
-The ingress keeps every running request with the tokens that its client has. If a replica ends, its requests continue
-on other replicas, and the clients notice a pause. A thread with an event loop sends requests and receives replies.
+The ingress keeps every running request with the tokens that its client has. If a replica ends, its requests
+continue on other replicas, and the clients notice a pause. A thread with an event loop sends requests and receives
+replies.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -210,7 +212,7 @@ class FleetRunner:
     @property
     def pid(self) -> int:
         """Number of this process, while there is a replica; else 0."""
-        return self._process if self._router.accepted() else 0
+        return self._process if self._router.serving else 0
 
     @property
     def restarts(self) -> int:
@@ -255,8 +257,8 @@ class FleetRunner:
         self.check()
         if threading.current_thread() is self._thread:
             raise CalledFromModelThread(
-                f"model {self._name!r} was called by the thread that receives its replies; it would wait for itself. "
-                "Hand the work to another thread"
+                f"model {self._name!r} was called by the thread that receives its replies, and would wait; "
+                "hand the work to another thread"
             )
 
     # --- requests ----------------------------------------------------------------------------------
@@ -336,8 +338,8 @@ class FleetRunner:
 
     def _crashed(self, error: Error) -> RequestCrashed:
         return RequestCrashed(
-            f"{_MAX_DEATHS} replicas of model {self._name!r} ended in a row while they ran the request ({error}), so "
-            "it is the likely cause and is not sent again"
+            f"{_MAX_DEATHS} replicas of model {self._name!r} ended in a row while they ran the request ({error}), "
+            "so it is the likely cause and is not sent again"
         )
 
     def _is_retriable(self, error: Error) -> bool:
@@ -463,7 +465,7 @@ class FleetRunner:
 
     def _cancel_soon(self, id: int) -> None:
         """Cancel a request. Never waits: a ticket is also cancelled by `__del__` and in signal handlers."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the event loop has ended, and all requests with it
             self._loop.call_soon_threadsafe(self._cancel, id)
 
     def _cancel(self, id: int) -> None:

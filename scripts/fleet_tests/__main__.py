@@ -15,9 +15,9 @@ import traceback
 from scripts.fleet_tests.cluster import ray_cluster
 from scripts.fleet_tests.environment import Environment, free_port
 from scripts.fleet_tests.kills import test_kill
+from scripts.fleet_tests.mismatch import test_mismatch
 from scripts.fleet_tests.reuse import test_reuse
 from scripts.fleet_tests.scaling import test_scaling
-from scripts.fleet_tests.mismatch import test_mismatch
 
 TESTS = {"reuse": test_reuse, "kill": test_kill, "scaling": test_scaling, "mismatch": test_mismatch}
 

@@ -25,12 +25,12 @@ _PATIENCE = {
 
 
 @contextmanager
-def ray_cluster(port: int, n_cpus: int = 16) -> Iterator[None]:
+def ray_cluster(port: int, n_cpus: int = 2) -> Iterator[None]:
     """Start Ray and its HTTP proxy in this process; stop both at the end.
 
     Args:
         port: of the proxy, on 127.0.0.1.
-        n_cpus: that Ray distributes, however many the machine has.
+        n_cpus: that Ray distributes, however many the machine has. Ray starts as many idle processes.
     """
     os.environ.update(_PATIENCE)
     import ray

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ import httpx
 
 import erllama
 import erllama.fleet
-
+from erllama._process.protocol.messages import Started, decode_from_child
+from erllama.fleet.ray_router import make_router
 
 _PROXY_SECONDS = 300
+# The options of a router have no effect on calls that name their replica.
+_ANY_ROUTER = ("demo", "random", 0.0, False)
 
 
 def free_port() -> int:
@@ -50,20 +55,21 @@ class Environment:
         serve.delete("fleet")
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def deploy(self, **options: Any) -> None:
+    def deploy(self, **options: object) -> None:
         """Deploy a fleet with empty caches, in place of the one before."""
         from ray import serve
 
         self._n_fleets += 1
-        cache = {"disk": f"{self.directory}/{self._n_fleets}-{{rank}}", "ram": "256MiB", "block_size": 16}
+        given: Any = options.pop("cache", {})
+        cache: Any = {"disk": f"{self.directory}/{self._n_fleets}-{{rank}}", "ram": "256MiB", "block_size": 16}
         config = {
             "model": str(erllama.demo_model()),
             "name": "demo",
             "options": {"n_ctx": 16384, "n_threads": 1, "n_threads_batch": 1, "n_seq_max": 4},
-            "cache": {**cache, **options.pop("cache", {})},
+            "cache": {**cache, **given},
             "report_interval": 0.5,
-            "replica_resources": {"num_cpus": 1},
-            "ingress_resources": {"num_cpus": 1},
+            "replica_resources": {"num_cpus": 0.1},
+            "ingress_resources": {"num_cpus": 0.1},
             **options,
         }
         serve.delete("fleet")
@@ -81,8 +87,40 @@ class Environment:
             time.sleep(0.5)
 
     @staticmethod
-    def replicas() -> list[Any]:
-        """Return the running replicas as Ray's actors."""
-        from ray.util.state import list_actors
+    def wait_for(condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds. Raises TimeoutError after some minutes."""
+        deadline = time.monotonic() + _PROXY_SECONDS
+        while not condition():
+            if time.monotonic() >= deadline:
+                raise TimeoutError("the fleet did not reach the expected state")
+            time.sleep(0.5)
 
-        return [each for each in list_actors() if "FleetReplica" in (each.name or "") and each.state == "ALIVE"]
+    @staticmethod
+    def routing_counts() -> dict[str, int]:
+        """Return what the router of the ingress has done."""
+        from ray import serve
+
+        handle: Any = serve.get_deployment_handle("FleetIngress", "fleet")
+        found: dict[str, int] = handle.options(method_name="routing_counts").remote().result()
+        return found
+
+    def replicas(self) -> dict[str, Started]:
+        """Return the running replicas by name, with what they say about themselves."""
+        return asyncio.run(running_replicas())
+
+
+async def running_replicas() -> dict[str, Started]:
+    """Return the running replicas by name, with what they say about themselves."""
+    from ray import serve
+    from ray.exceptions import RayError
+
+    handle: Any = serve.get_deployment_handle("FleetReplica", "fleet")
+    await handle.options(method_name="name").remote()  # this process then knows all of them
+    found = {}
+    for name in make_router(*_ANY_ROUTER).serving:
+        with suppress(RayError):
+            answered, body = await handle.options(method_name="introduce").remote(to=name)
+            started = decode_from_child(body)
+            assert isinstance(started, Started)
+            found[answered] = started
+    return found

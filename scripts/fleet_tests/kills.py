@@ -1,4 +1,4 @@
-"""A killed replica: streams that it ran continue on others, or end with one clean error, and conversations go on."""
+"""A killed replica: its streams continue on others or end with one clean error, and conversations continue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import Counter
 import httpx
 
 from scripts.fleet_tests.conversations import Conversation, converse, with_client
-from scripts.fleet_tests.environment import Environment
+from scripts.fleet_tests.environment import Environment, running_replicas
 
 _STREAMS = 18
 _TOKENS = 200
@@ -53,9 +53,9 @@ def test_kill(environment: Environment) -> None:
         events = [asyncio.Event() for _ in range(_STREAMS)]
         running = [asyncio.create_task(stream(client, n, event)) for n, event in enumerate(events)]
         await events[0].wait()
-        victim = environment.replicas()[0]
+        name, victim = sorted((await running_replicas()).items())[0]
         os.kill(victim.pid, signal.SIGKILL)
-        print(f"killed replica {victim.name} with {sum(not task.done() for task in running)} replies running")
+        print(f"killed replica {name} with {sum(not task.done() for task in running)} replies running")
         found = await asyncio.gather(*running)
         print(f"streams: {dict(Counter(ending for ending, _ in found))}")
         same = sum(a == b for a, b in zip(found, expected, strict=True))
@@ -64,8 +64,7 @@ def test_kill(environment: Environment) -> None:
         assert same >= sum(ending == "whole" for ending, _ in found)
         await converse(client, conversations, 2, at_once=6, max_tokens=8)
         later = [turn for each in conversations for turn in each.turns[2:]]
-        print(
-            f"after it, {len(later)} turns had {sum(t.cached for t in later)} of {sum(t.prompt for t in later)} tokens"
-        )
+        cached, prompt = sum(turn.cached for turn in later), sum(turn.prompt for turn in later)
+        print(f"after it, {len(later)} turns of conversations had {cached} of {prompt} prompt tokens")
 
     with_client(environment.port, work)

@@ -37,4 +37,5 @@ def run(environment: Environment, options_slots: int = 4, **options: object) -> 
         await converse(client, conversations, environment.n_turns, at_once=8, max_tokens=8)
 
     with_client(environment.port, work)
+    print(f"  {options}: {environment.routing_counts()}", flush=True)
     return totals(conversations)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -84,22 +84,22 @@ class LocalCalls:
 class Fleet:
     """Three replicas of the demo model with caches of their own, and an ingress."""
 
-    def __init__(self, directory: Path, n: int = 3, **options: Any) -> None:
+    def __init__(self, directory: Path, n: int = 3, **options: object) -> None:
         self.directory = directory
         self.router = PrefixRouter(index=PrefixIndex(), random=Random(3))
         self.calls = LocalCalls(self.router)
         for name in "abcdef"[:n]:
             self.add(name)
-        self.config = FleetConfig(model=erllama.demo_model(), name="demo", options=OPTIONS, **options)
+        self.config = FleetConfig(model=erllama.demo_model(), name="demo", options=OPTIONS, **options)  # type: ignore[arg-type]
         self.model = open_ingress(self.config, self.calls, self.router)
         self.runner = self.model._runner
         assert isinstance(self.runner, FleetRunner)
 
-    def add(self, name: str, **options: Any) -> None:
+    def add(self, name: str, **options: object) -> None:
         """Start a replica."""
-        cache = erllama.Cache(ram="64MiB", disk=str(self.directory / options.pop("disk", name)), block_size=16)
+        cache = erllama.Cache(ram="64MiB", disk=str(self.directory / str(options.pop("disk", name))), block_size=16)
         model = erllama.load_model(
-            options.pop("model", erllama.demo_model()),
+            str(options.pop("model", erllama.demo_model())),
             id=f"{self.directory.name}-{name}",
             cache=cache,
             warmup=False,
@@ -108,7 +108,7 @@ class Fleet:
         self.calls.replicas[name] = Replica(model, name)
         self.calls.announce()
 
-    def in_loop(self, call: Any, *args: object) -> None:
+    def in_loop(self, call: Callable[..., object], *args: object) -> None:
         """Run a function in the runner's event loop, and wait for it."""
         done = threading.Event()
 

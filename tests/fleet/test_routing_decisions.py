@@ -24,7 +24,7 @@ def prompt(*blocks: int) -> np.ndarray:
 
 
 def stats(identity: str = "model", slots: int = 4, tokens: int = 0, requests: int = 0) -> dict[str, object]:
-    return {"identity": identity, "slots": slots, "tokens": tokens, "requests": requests}
+    return {"identity": identity, "slots": slots, "load": [tokens, requests]}
 
 
 def router(n: int = 3, **options: object) -> PrefixRouter:
