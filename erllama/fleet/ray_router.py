@@ -30,6 +30,10 @@ def make_router(fleet: str, policy: str, weight: float, kv_events: bool) -> Pref
 class FleetRequestRouter(RequestRouter):
     """Routes requests by cached prefix and load."""
 
+    # Ray's default of 0.1 s passes the replica with the prefix over when its machine is busy. One that has ended is
+    # noticed at once, whatever the limit.
+    queue_len_response_deadline_s = 5.0
+    max_queue_len_response_deadline_s = 30.0
     _router: PrefixRouter
 
     def initialize_state(self, fleet: str, policy: str, weight: float, kv_events: bool) -> None:

@@ -18,6 +18,7 @@ _PATIENCE = {
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_raylet_client_connect_timeout_milliseconds": "30000",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_worker_niceness": "0",  # as the caller; Ray's default of 15 starves beside other programs
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
