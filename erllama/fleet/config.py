@@ -37,7 +37,8 @@ class FleetConfig:
         max_pending: requests that each ingress accepts at once.
         policy: how requests are routed: "prefix", or "round_robin" or "random" for comparisons.
         weight: with "prefix", how much a prompt token that a replica has to compute before the request counts,
-            against a token of the request's prompt that it has.
+            against a token of the request's prompt that it has. Below 1, requests wait for their prefix rather than
+            compute it twice.
         kv_events: whether replicas publish what their caches hold, so that every ingress knows it. Otherwise an
             ingress knows the requests that it has sent itself.
         report_interval: time between two reports of a replica's load.
@@ -65,7 +66,7 @@ class FleetConfig:
     max_waiting: int = 64
     max_pending: int = 1024
     policy: str = "prefix"
-    weight: float = 1.0
+    weight: float = 0.25
     kv_events: bool = True
     report_interval: float | str = 1.0
     drain: float | str = 30.0

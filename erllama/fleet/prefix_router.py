@@ -110,7 +110,7 @@ class PrefixRouter:
     def __init__(
         self,
         policy: str = "prefix",
-        weight: float = 1.0,
+        weight: float = 0.25,
         index: PrefixIndex | None = None,
         random: Random | None = None,
         clock: Callable[[], float] = time.monotonic,
