@@ -137,19 +137,19 @@ class EventSubscriber:
                 self._ask(source, 0)
 
     def _open(self, addresses: Addresses) -> _Source:
-        zmq = self._zmq
+        module = self._zmq
         opened: list[zmq.Socket[bytes]] = []
         try:
-            for kind, address in ((zmq.SUB, addresses.events), (zmq.DEALER, addresses.replay)):
+            for kind, address in ((module.SUB, addresses.events), (module.DEALER, addresses.replay)):
                 made = self._context.socket(kind)
                 opened.append(made)
-                made.setsockopt(zmq.LINGER, 0)
-                made.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
-                made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
+                made.setsockopt(module.LINGER, 0)
+                made.setsockopt(module.HEARTBEAT_IVL, 10_000)
+                made.setsockopt(module.HEARTBEAT_TIMEOUT, 30_000)
                 if "[" in address:
-                    made.setsockopt(zmq.IPV6, 1)
-                if kind == zmq.SUB:
-                    made.setsockopt(zmq.SUBSCRIBE, b"")
+                    made.setsockopt(module.IPV6, 1)
+                if kind == module.SUB:
+                    made.setsockopt(module.SUBSCRIBE, b"")
                 made.connect(address)
         except BaseException:
             for made in opened:

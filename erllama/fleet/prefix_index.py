@@ -164,7 +164,8 @@ class PrefixIndex:
         return left
 
     def _drop_assumption(self, replica: str, key: bytes) -> None:
-        if self._assumed.get(replica, {}).pop(key, None) is not None:
+        assumed = self._assumed.get(replica)
+        if assumed is not None and assumed.pop(key, None) is not None:
             self._clear(replica, key, _ASSUMED)
 
     def _expire(self) -> None:

@@ -325,7 +325,8 @@ class PrefixRouter:
     def counts(self) -> RouterCounts:
         """Return what the router has done."""
         with self._lock:
-            return RouterCounts(*self._n, self._index.ignored_events, len(self._refused))
+            requests, prompt, expected, spilled = self._n
+            return RouterCounts(requests, prompt, expected, spilled, self._index.ignored_events, len(self._refused))
 
 
 _shared: dict[str, PrefixRouter] = {}

@@ -35,7 +35,7 @@ class FleetReplica:
 
     def __init__(self, config: FleetConfig) -> None:
         context = serve.get_replica_context()
-        self._name = context.replica_tag
+        self._name = str(context.replica_tag)
         options: Any = config.model_options()
         cache_options: Any = config.cache_options(context.rank.rank)
         events = _event_options() if config.kv_events else None

@@ -27,7 +27,7 @@ def make_router(fleet: str, policy: str, weight: float, kv_events: bool) -> Pref
     return shared_router(fleet, make)
 
 
-class FleetRequestRouter(RequestRouter):
+class FleetRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray is not installed beside mypy
     """Routes requests by cached prefix and load."""
 
     # Ray's default of 0.1 s passes the replica with the prefix over when its machine is busy. One that has ended is

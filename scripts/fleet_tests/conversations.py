@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -41,7 +41,7 @@ class Conversation:
         a, b = (self.number * 7 + len(self.turns) * 3) % 50, (self.number + len(self.turns)) % 50
         return [*self.messages, {"role": "user", "content": f"What is {a} + {b}?"}]
 
-    def answered(self, asked: list[dict[str, str]], body: dict) -> None:
+    def answered(self, asked: list[dict[str, str]], body: dict[str, Any]) -> None:
         """Add an answer."""
         usage = body["usage"]
         prompt, cached = usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
@@ -51,7 +51,7 @@ class Conversation:
         self.messages = [*asked, {"role": "assistant", "content": message["content"] or ""}]
 
 
-async def send(client: httpx.AsyncClient, messages: list[dict[str, str]], max_tokens: int) -> dict:
+async def send(client: httpx.AsyncClient, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
     """Return the answer to a conversation."""
     body = {
         "model": "demo",
@@ -63,7 +63,7 @@ async def send(client: httpx.AsyncClient, messages: list[dict[str, str]], max_to
     response = await client.post("/v1/chat/completions", json=body)
     if response.status_code != 200:
         raise RuntimeError(f"status {response.status_code}: {response.text[:500]}")
-    answer: dict = response.json()
+    answer: dict[str, Any] = response.json()
     return answer
 
 

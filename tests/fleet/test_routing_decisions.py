@@ -206,7 +206,7 @@ def test_a_hot_prefix_spills_over_when_its_replica_is_queued():
     hot = prompt(*range(20))
     first = send(route, "warm", hot)
     finish(route, "warm", first, hot)
-    chosen = [send(route, str(number), np.concatenate([hot, prompt(50 + number)])) for number in range(12)]
+    chosen = [send(route, str(number), np.concatenate([hot, prompt(50 + number)])) for number in range(24)]
     assert chosen[:4] == [first] * 4  # as many as it runs at once
     assert set(chosen) == set("abc")
     assert route.counts().spilled > 0
