@@ -2,8 +2,8 @@
 
 Users create a `Cache`, and the engine looks up, loads and saves blocks with it. `namespace_key`, `child_key` and
 `Block` define blocks, `kvc` reads and writes their files, and user-defined tiers derive from `Tier`. Imports run
-from `store` to `pipeline`, `sharing`, `catalog`, `remote`, `tiers`, `texts` and `blocks`. `store` also imports `pressure`,
-and `admin` imports `tiers`, `catalog` and `blocks`. The package does not import the engine.
+from `store` to `pipeline`, `sharing`, `catalog`, `remote`, `tiers`, `texts` and `blocks`. `store` also imports
+`pressure`, and `admin` imports `tiers`, `catalog` and `blocks`. The package does not import the engine.
 """
 
 from erllama.cache.blocks.block import Block, SaveReason

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Never
@@ -58,6 +58,7 @@ from erllama.cache.pipeline.tier_writer import TierWriter
 from erllama.cache.pipeline.write_queue import PendingSave, WriteQueue
 from erllama.cache.pressure.pressure import Pressure, PressureWatch
 from erllama.cache.remote.options import DEFAULT_QUOTA, create_remote_tier, remote_options
+from erllama.cache.remote.tier import busy_tiers
 from erllama.cache.sharing.members import CacheMember, MemberReport, Members
 from erllama.cache.sharing.spec import CacheSpec, root_specs
 from erllama.cache.sizes import parse_bytes
@@ -94,11 +95,13 @@ class Cache:
         disk_quota: budget of each such directory.
         remote: a bucket or a mounted directory that several machines share, as "s3://bucket/prefix", "gs://…", "az://…",
             "file:///directory" or a path. Buckets need the extra `remote`. It is the slowest tier.
-        remote_key_file: file of the keys that sign blocks there; see `erllama cache new-key`. Required with `remote`.
+        remote_key_file: file of the keys that sign blocks there; see `erllama cache new-key`. Required with
+            `remote`.
         remote_quota: budget of all blocks there, those of other machines included.
-        remote_lifetime: remove blocks there that were not used for so long, as "30d" or in seconds; None to keep them.
-        read_only: read the directories and the remote tier, and never write to them. A directory that holds a cache and cannot
-            be written, such as one on a read-only mount, is always opened read-only.
+        remote_lifetime: remove blocks there that were not used for so long, as "30d" or in seconds; None to
+            keep them.
+        read_only: read the directories and the remote tier, and never write to them. A directory that holds a
+            cache and cannot be written, such as one on a read-only mount, is always opened read-only.
         tiers: tiers of your own, slower than all these, from fast to slow.
         block_size: tokens per block; a power of two from 16 to 4096.
         pin_quota: maximum bytes that pins may protect, in each tier that has pins. None for half of its budget.
@@ -311,8 +314,8 @@ class Cache:
     def fetch(self, blocks: Sequence[Block], seconds_per_token: float | None = None) -> Fetch:
         """Begin to read the blocks that only a remote tier has, in the background. The engine calls it.
 
-        Does not wait. The result is done once the blocks were read, or waiting is not worth it any more: a read must
-        not take longer than computing. `load` and `load_batches` then return them while the result exists.
+        Does not wait. The result is done once the blocks were read, or waiting is not worth it any more: a read
+        must not take longer than computing. `load` and `load_batches` then return them while the result exists.
 
         Args:
             blocks: of a match, from the first that is needed to the last.
@@ -332,9 +335,7 @@ class Cache:
         """
         return self._loader.load(block, local)
 
-    def load_batches(
-        self, blocks: Sequence[Block], *, local: bool = False
-    ) -> Generator[list[Loaded], None, None]:
+    def load_batches(self, blocks: Sequence[Block], *, local: bool = False) -> Generator[list[Loaded], None, None]:
         """Load several blocks in order, and yield them in batches. While the caller uses one, the next is read.
 
         Ends at the first block that `load` would not return. The caller keeps the blocks pinned, and closes the
@@ -539,18 +540,18 @@ class Cache:
     # --- changes of blocks --------------------------------------------------------------------
 
     @uninterrupted
-    def open_block_log(self, namespaces: Collection[bytes], *, limit: int, wake: Callable[[], None]) -> BlockLog:
+    def open_block_log(self, namespace: bytes, *, limit: int, wake: Callable[[], None]) -> BlockLog:
         """Record the changes of full blocks in all tiers, for one reader. A publisher of KV events calls it.
 
         Saves and evictions never wait for the reader: a log that is full forgets its changes, and the next read
         returns the whole content.
 
         Args:
-            namespaces: root keys of the blocks to record, from `namespace_key`.
+            namespace: root key of the blocks to record, from `namespace_key`.
             limit: maximum number of changes that wait for the reader.
             wake: called, in any thread and under the cache's lock, when there are changes to read. Must not wait.
         """
-        log = BlockLog(namespaces, self.block_size, limit, wake)
+        log = BlockLog(namespace, self.block_size, limit, wake)
         with self._lock:
             self._block_logs = (*self._block_logs, log)
             self._catalog.add_log(log)
@@ -567,10 +568,10 @@ class Cache:
             return self._catalog.read_log(log)
 
     @uninterrupted
-    def add_to_block_log(self, log: BlockLog, namespaces: Collection[bytes]) -> None:
-        """Record the blocks of further namespaces, too. The next read returns the whole content."""
+    def turn_block_log(self, log: BlockLog, namespace: bytes) -> None:
+        """Record the blocks of another namespace. The next read returns the whole content."""
         with self._lock:
-            log.add_namespaces(namespaces)
+            log.use_namespace(namespace)
 
     @uninterrupted
     def close_block_log(self, log: BlockLog) -> None:
@@ -580,9 +581,9 @@ class Cache:
             self._catalog.remove_log(log)
 
     @uninterrupted
-    def count_events(self, *, batches: int = 0, dropped: int = 0, replays: int = 0) -> None:
-        """Count what a publisher of KV events did: batches sent, changes dropped, replays served."""
-        for name, n in (("event_batches", batches), ("event_changes_dropped", dropped), ("event_replays", replays)):
+    def count_events(self, *, batches: int = 0, overflows: int = 0, replays: int = 0) -> None:
+        """Count what a publisher of KV events did: batches sent, losses of changes, and replays."""
+        for name, n in (("event_batches", batches), ("event_overflows", overflows), ("event_replays", replays)):
             if n:
                 self._counters.add(name, n)
 
@@ -884,7 +885,8 @@ _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
 
 def close_all() -> None:
     """Close every cache, at exit. Logs one that fails and closes the rest."""
-    for close in [*(cache.close for cache in _open_caches), *(tiers.close for tiers in _open_tier_sets)]:
+    closing = [*(cache.close for cache in _open_caches), *(tiers.close for tiers in _open_tier_sets)]
+    for close in [*closing, *(tier.close for tier in busy_tiers)]:
         try:
             close()
         except BaseException:  # of one cache: close the others
@@ -897,6 +899,7 @@ def _after_fork_in_child() -> None:
         cache._forked()
     _open_caches.clear()
     _open_tier_sets.clear()
+    busy_tiers.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -7,7 +7,7 @@ its changes, and the reader gets the whole content instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import NamedTuple
 
 from erllama.cache.blocks.block import Block
@@ -22,53 +22,58 @@ class BlockChange(NamedTuple):
 
 
 class BlockChanges(NamedTuple):
-    """What a reader gets: changes in order. If `complete` is set, they are the whole content of the tiers."""
+    """What a reader gets.
+
+    Attributes:
+        changes: in order.
+        complete: they are the whole content of the tiers.
+        overflowed: too many changes waited, and were dropped.
+    """
 
     changes: list[BlockChange]
     complete: bool
+    overflowed: bool = False
 
 
 class BlockLog:
-    """The changes of full blocks of some namespaces since the last read.
+    """The changes of full blocks of one namespace since the last read.
 
     The owner of the catalog's lock calls all methods.
 
     Args:
-        namespaces: root keys of the blocks to record.
+        namespace: root key of the blocks to record.
         block_size: tokens of a full block. Shorter ones are not recorded.
         limit: maximum number of changes that wait. Beyond it, they are dropped and `complete` is set.
         wake: called when the first change after a read is recorded. Must not wait.
     """
 
-    def __init__(
-        self, namespaces: Collection[bytes], block_size: int, limit: int, wake: Callable[[], None]
-    ) -> None:
-        self._namespaces = frozenset(namespaces)
+    def __init__(self, namespace: bytes, block_size: int, limit: int, wake: Callable[[], None]) -> None:
+        self._namespace = namespace
         self._block_size, self._limit, self._wake = block_size, limit, wake
         self._changes: list[BlockChange] = []
         self._complete_next = True  # the first read returns the whole content
-        self.overflows = 0
+        self.overflowed = False  # since the last read
 
     def wants(self, block: Block) -> bool:
         """Return whether the log records changes of a block."""
-        return block.namespace in self._namespaces and block.n_tokens == self._block_size
+        return block.namespace == self._namespace and block.n_tokens == self._block_size
 
     def record(self, tier: str, block: Block, *, stored: bool) -> None:
         """Record that a tier stores a block, or no longer does."""
         if self._complete_next or not self.wants(block):
             return
         if len(self._changes) >= self._limit:
-            self.overflows += 1
+            self.overflowed = True
             self.restart()
             return
         self._changes.append(BlockChange(tier, block, stored))
         if len(self._changes) == 1:
             self._wake()
 
-    def add_namespaces(self, namespaces: Collection[bytes]) -> None:
-        """Record the blocks of further namespaces. The next read returns the whole content."""
-        if not self._namespaces.issuperset(namespaces):
-            self._namespaces |= frozenset(namespaces)
+    def use_namespace(self, namespace: bytes) -> None:
+        """Record the blocks of another namespace. The next read returns the whole content."""
+        if namespace != self._namespace:
+            self._namespace = namespace
             self.restart()
 
     def restart(self) -> None:
@@ -83,5 +88,5 @@ class BlockLog:
 
     def take(self) -> list[BlockChange]:
         """Return the changes since the last call, and record further ones."""
-        changes, self._changes, self._complete_next = self._changes, [], False
+        changes, self._changes, self._complete_next, self.overflowed = self._changes, [], False, False
         return changes

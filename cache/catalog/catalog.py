@@ -285,6 +285,7 @@ class BlockCatalog:
         """Return the changes in a log since the last call, or the whole content if the log was restarted."""
         if not log.is_restarted:
             return BlockChanges(log.take(), complete=False)
+        overflowed = log.overflowed
         log.take()
         wanted = [entry for entry in self._tree if log.wants(entry.block)]
         changes = [
@@ -293,7 +294,7 @@ class BlockCatalog:
             for name in entry.places
             if name != _PENDING
         ]
-        return BlockChanges(changes, complete=True)
+        return BlockChanges(changes, complete=True, overflowed=overflowed)
 
     # --- evicting --------------------------------------------------------------------------
 

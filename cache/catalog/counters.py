@@ -28,7 +28,7 @@ COUNTS = (
     "pressure_evictions",
     "pins_refused",
     "event_batches",
-    "event_changes_dropped",
+    "event_overflows",
     "event_replays",
     "remote_reads",
     "remote_reads_late",

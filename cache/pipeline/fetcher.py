@@ -1,9 +1,9 @@
 """Fetching: blocks of a remote tier read in the background, for a request that waits for them in the queue.
 
 `Cache.fetch` calls it. The thread of the model never waits for the network: the scheduler leaves a request waiting
-until its fetch is done, and computes other requests meanwhile. A fetch is done when all its blocks were read, when one
-could not be read, or at its deadline. Computing a prefix has a price, so waiting for it has one, too: a fetch that
-should take longer than computing is not begun.
+until its fetch is done, and computes other requests meanwhile. A fetch is done when all its blocks were read, when
+one could not be read, or at its deadline. Computing a prefix has a price, so waiting for it has one, too: a fetch
+that should take longer than computing is not begun.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
-from weakref import WeakSet
 
 from erllama.cache.blocks.block import Block
 from erllama.cache.catalog.catalog import BlockCatalog
@@ -24,9 +23,9 @@ from erllama.cache.remote.tier import RemoteTier
 
 # A fetch may take this many times as long as recent reads: they vary.
 _SLACK = 4.0
-# While reads cost next to nothing, a wait in vain may still take this part of the time that computing takes.
+# The service must begin to answer within this part of the time that computing takes. If it is gone, that is what a
+# request loses: with the poll of an idle scheduler, less than 5 %.
 _SHARE_IN_VAIN = 0.04
-_SHORTEST_SECONDS = 0.02  # two polls of an idle scheduler
 # Seconds per token, until the model has computed a prompt: a fast model, so that the first wait is short.
 _DEFAULT_SECONDS_PER_TOKEN = 0.0005
 _MEASURE_SECONDS = 30.0  # between two reads that no request waits for, while waiting is not worth it
@@ -47,10 +46,12 @@ class Fetch:
     Args:
         wanted: the blocks; none for a fetch that is done.
         deadline: when to stop waiting, by time.monotonic().
+        first_deadline: the same, if the service has not begun to answer by then.
     """
 
-    def __init__(self, wanted: Sequence[_Wanted] = (), deadline: float = 0.0) -> None:
-        self._wanted, self._deadline = wanted, deadline
+    def __init__(self, wanted: Sequence[_Wanted] = (), deadline: float = 0.0, first_deadline: float = 0.0) -> None:
+        self._wanted, self._deadline, self._first_deadline = wanted, deadline, first_deadline
+        self._answers = False
         self._began = time.monotonic()
         self._lock = threading.Lock()
         self._read: dict[bytes, Source] = {}
@@ -64,7 +65,7 @@ class Fetch:
         if not self._n_left or self._late or all(each.block.key in self._read for each in self._needed):
             return True
         now = time.monotonic()
-        if now < self._deadline:
+        if now < (self._deadline if self._answers else self._first_deadline):
             return False
         with self._lock:
             missing = [wanted for wanted in self._needed if wanted.block.key not in self._read]
@@ -76,6 +77,10 @@ class Fetch:
     @property
     def _needed(self) -> Sequence[_Wanted]:
         return self._wanted[: self._n_needed]
+
+    def note_response(self) -> None:
+        """Record that the service has begun to answer."""
+        self._answers = True
 
     def get(self, key: bytes) -> Source | None:
         """Return a block that was fetched."""
@@ -111,7 +116,6 @@ class Fetcher:
 
     def __init__(self, lock: threading.RLock, catalog: BlockCatalog, loader: Loader) -> None:
         self._lock, self._catalog, self._loader = lock, catalog, loader
-        self._fetches: WeakSet[Fetch] = loader.fetches
         self._measure_after = 0.0  # by time.monotonic()
 
     def fetch(self, blocks: Sequence[Block], seconds_per_token: float | None) -> Fetch:
@@ -132,9 +136,14 @@ class Fetcher:
                 self._measure_after = now + _MEASURE_SECONDS
                 self._begin(Fetch(wanted[:1]), wanted[:1])
             return Fetch()
-        limit = min(computing, max(_SLACK * expected, _SHARE_IN_VAIN * computing, _SHORTEST_SECONDS))
-        fetch = Fetch(wanted, now + limit)
-        self._fetches.add(fetch)
+        first_limit = _SHARE_IN_VAIN * computing
+        if tier.round_trip_seconds >= first_limit:
+            # Not worth the risk of a wait in vain. The next request will find the blocks in a faster tier.
+            tier.record_skipped()
+            self._begin(Fetch(wanted), wanted)
+            return Fetch()
+        fetch = Fetch(wanted, now + min(computing, max(_SLACK * expected, first_limit)), now + first_limit)
+        self._loader.fetches.add(fetch)
         self._begin(fetch, wanted)
         return fetch
 
@@ -152,7 +161,8 @@ class Fetcher:
 
     def _begin(self, fetch: Fetch, wanted: Sequence[_Wanted]) -> None:
         for each in wanted:
-            read = each.tier.run(partial(self._loader.read_from, each.ledger, each.tier, each.block, now=True))
+            now = partial(each.tier.read_now, on_response=fetch.note_response)
+            read = each.tier.run(partial(self._loader.read_from, each.ledger, each.tier, each.block, now))
             read.add_done_callback(partial(self._end, fetch, each))
 
     def _end(self, fetch: Fetch, wanted: _Wanted, read: Future[Source | None]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import takewhile
 from typing import NamedTuple, Protocol
@@ -205,14 +205,20 @@ class Loader:
         pending = self._queue.get(block.key)
         return Loaded("ram", pending.payload.toreadonly(), pending.block) if pending is not None else None
 
-    def read_from(self, ledger: TierLedger, tier: Tier, block: Block, now: bool = False) -> Source | None:
+    def read_from(
+        self,
+        ledger: TierLedger,
+        tier: Tier,
+        block: Block,
+        read: Callable[[Block], tuple[Block, memoryview]] | None = None,
+    ) -> Source | None:
         """Read a block from one tier. On a failure, drop it there or mark it as unreadable.
 
         Args:
-            now: read a remote tier in this thread, however long it takes.
+            read: reads it; None for `Tier.read`.
         """
         try:
-            found, payload = tier.read_now(block) if now and isinstance(tier, RemoteTier) else tier.read(block)
+            found, payload = (read or tier.read)(block)
             if found.key != block.key:
                 raise CacheFormatError("the tier returned a different block")
         except CacheFormatError as error:

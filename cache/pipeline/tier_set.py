@@ -296,7 +296,7 @@ class TierSet:
     # --- closing ---------------------------------------------------------------------------------
 
     def flush(self, timeout: float | None) -> bool:
-        """Wait until the tiers have stored what they were given; False if one failed to, or `timeout` was too short."""
+        """Wait until the tiers have stored what they received; False if one fails, or `timeout` is too short."""
         deadline = None if timeout is None else time.monotonic() + timeout
         complete = True
         for tier in self.write_behind_tiers():

@@ -1,7 +1,7 @@
 """The list of the blocks of a remote tier, as one machine knows it, and the changes that the cache has yet to see.
 
-Of two entries of a block, the later one counts. All machines that have read the same segments therefore have the same
-list, in whatever order they read them. Thread-safe; no call waits.
+Of two entries of a block, the later one counts. All machines that have read the same segments therefore have the
+same list, in whatever order they read them. Thread-safe; no call waits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BlockList:
     # --- this machine's own changes ----------------------------------------------------------------
 
     def store(self, block: Block, n_bytes: int, version: bytes) -> tuple[Entry, Entry | None]:
-        """Record that this machine stores a block. Returns the new entry, and the one of the version before, if any."""
+        """Record that this machine stores a block. Returns the new entry, and the old one if there is one."""
         with self._lock:
             older = self._entries.get(block.key)
             at = self._next_time(older)
@@ -46,7 +46,7 @@ class BlockList:
             return entry, older if older is not None and older.block is not None else None
 
     def remove(self, key: bytes) -> tuple[Entry, Entry] | None:
-        """Record that this machine removes a block. Returns the new entry, and that of the block; None if unknown."""
+        """Record that this machine removes a block. Returns the new and the old entry; None if it is unknown."""
         with self._lock:
             older = self._entries.get(key)
             if older is None or older.block is None:
@@ -71,7 +71,8 @@ class BlockList:
         return max(time.time_ns(), older.at + 1 if older is not None else 0)
 
     def use(self, key: bytes, at: int, step_ns: int) -> Entry | None:
-        """Record a use by this machine. Returns an entry for the other machines, if it is in a later step than the last.
+        """Record a use by this machine. Returns an entry for the other machines, if it is in a later step than the
+        last.
 
         Args:
             step_ns: length of a step.
@@ -99,15 +100,17 @@ class BlockList:
                     self._merge_use(entry)
                     continue
                 known = self._entries.get(entry.key)
+                older: Entry | None
                 if known is not None and _order(known) >= _order(entry):
                     older = entry
                 else:
-                    older, self._entries[entry.key] = known, entry  # type: ignore[assignment]
+                    older, self._entries[entry.key] = known, entry
                     self._changed.add(entry.key)
                 newest = self._entries[entry.key]
-                if older is not None and older.block is not None and newest.block is not None:
-                    if older.version != newest.version:
-                        replaced.append(older)
+                if older is None or older.block is None or newest.block is None:
+                    continue
+                if older.version != newest.version:
+                    replaced.append(older)
         return replaced
 
     def _merge_use(self, entry: Entry) -> None:
@@ -201,5 +204,5 @@ class BlockList:
 
 
 def _order(entry: Entry) -> tuple[int, bool, bytes]:
-    """Return what orders the entries of a block. At the same time, a removal counts, and then the larger version."""
+    """Return what orders the entries of a block: time, then removals last, then the version."""
     return entry.at, entry.block is None, entry.version

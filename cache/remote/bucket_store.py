@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from erllama.cache.remote.stores import Address, Content, ObjectStore, Stored
+from erllama.cache.remote.stores import Address, Content, ObjectStore, Stored, do_nothing
 from erllama.checks import import_optional
 from erllama.errors import CacheFormatError, OptionError, RemoteAccessError, RemoteUnreachable
 
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     import obstore.store
 
 _CONNECT_SECONDS = 3.0  # a machine that does not answer a connection by then is not reachable
-_RETRIES = 1  # failures are counted and reported here, so obstore must not hide them for long
+_RETRIES = 0  # reads are not worth a second wait, and the tier itself repeats all else
 _DELETE_BATCH = 1000  # the most that one request of S3 may name
 _LONGEST_MESSAGE = 300
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3", "GOOGLE_BASE_URL", "AZURE_ENDPOINT")
 
+_NO_BUCKET = r"NoSuchBucket|ContainerNotFound|bucket does not exist"
 # What a service says, and what its user can do about it.
 _REMEDIES = (
     (
@@ -34,17 +35,18 @@ _REMEDIES = (
     ),
     (
         r"AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraint|IncorrectEndpoint|"
-        r"301 Moved|307 Temporary|LocationConstraint",
+        r"301 Moved|307 Temporary|LocationConstraint|configured region",
         "the bucket is in another region; set AWS_REGION to its region",
     ),
-    (r"NoSuchBucket|ContainerNotFound|bucket does not exist", "there is no such bucket; create it, or correct the address"),
+    (_NO_BUCKET, "there is no such bucket; create it, or correct the address"),
     (
         r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|credential|metadata",
         "the credentials are missing, wrong or expired; set them in the environment",
     ),
     (
         r"AccessDenied|403 Forbidden|401 Unauthorized|Forbidden|AuthorizationPermissionMismatch",
-        "the credentials lack a permission; the tier needs to list, get, put and delete objects under its prefix",
+        "the credentials lack a permission; the tier lists, gets, puts and deletes objects under its prefix. With "
+        "read_only=True, it only lists and gets",
     ),
 )
 
@@ -90,11 +92,12 @@ class BucketStore:
     def __init__(self, store: obstore.store.ObjectStore, address: str) -> None:
         self._store, self._address = store, address
 
-    def get(self, name: str, limit: int) -> memoryview:
+    def get(self, name: str, limit: int, on_response: Callable[[], None] = do_nothing) -> memoryview:
         import obstore
 
         with self._errors("reading"):
             result = obstore.get(self._store, name)
+            on_response()
             if result.meta["size"] > limit:
                 raise CacheFormatError(f"an object of {result.meta['size']} bytes; at most {limit} are expected")
             return memoryview(result.bytes())
@@ -155,10 +158,12 @@ class BucketStore:
 
         try:
             yield
-        except (FileNotFoundError, CacheFormatError):
+        except CacheFormatError:
             raise
-        except (BaseError, OSError, PermissionError) as error:
+        except (BaseError, OSError) as error:
             text = str(error)
+            if isinstance(error, FileNotFoundError) and not re.search(_NO_BUCKET, text):
+                raise FileNotFoundError(_first_line(error)) from None
             for pattern, remedy in _REMEDIES:
                 if re.search(pattern, text):
                     raise RemoteAccessError(f"{action} {self._address}: {remedy} ({_first_line(error)})") from error

@@ -12,13 +12,13 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-from erllama.cache.remote.stores import Content, Stored
+from erllama.cache.remote.stores import Content, Stored, do_nothing
 from erllama.errors import CacheFormatError, RemoteAccessError, RemoteUnreachable
 
 _PARTIAL = ".partial"
@@ -33,11 +33,12 @@ class DirectoryStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def get(self, name: str, limit: int) -> memoryview:
+    def get(self, name: str, limit: int, on_response: Callable[[], None] = do_nothing) -> memoryview:
         with self._errors(name):
             descriptor = os.open(self.root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             with os.fdopen(descriptor, "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
+                on_response()
                 if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
                     raise CacheFormatError(f"not a file of at most {limit} bytes")
                 content = np.empty(status.st_size, np.uint8)

@@ -132,5 +132,5 @@ class ReadCost:
             self._per_byte *= factor
 
     def expected(self, n_bytes: int, n_rounds: int = 1) -> float:
-        """Return the seconds that reads of so many bytes should take, one after another in `n_rounds` round trips."""
+        """Return the seconds that reads of so many bytes should take, in `n_rounds` round trips."""
         return self._round_trip * n_rounds + n_bytes * self._per_byte

@@ -1,8 +1,8 @@
 """Manifests: lists of what machines stored in a remote tier and removed from it, as objects beside the blocks.
 
 A segment is an object that is written once: zlib over its entries, signed. Of two entries of a block, the later one
-counts, so segments may be read in any order, twice, and merged by any machine. docs/fleet/remote-tier.md specifies the
-format.
+counts, so segments may be read in any order, twice, and merged by any machine. docs/fleet/remote-tier.md specifies
+the format.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The manifests of a remote tier as one machine reads and writes them.
 
-A machine publishes what it stored and removed as a new segment, and reads the segments of the others that it has not
-read yet. Any machine merges small segments into larger ones, so that their number stays small: the start of a machine
-costs one short listing and as many reads as there are segments, however many blocks there are. Two machines that
-merge the same segments at once do no harm, because entries may be listed twice.
+A machine publishes what it stored and removed as a new segment, and reads the segments of the others that it has
+not read yet. Any machine merges small segments into larger ones, so that their number stays small: the start of a
+machine costs one short listing and as many reads as there are segments, however many blocks there are. Two machines
+that merge the same segments at once do no harm, because entries may be listed twice. In a large fleet, a machine
+reads few of the small segments itself: it reads what others have merged.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import secrets
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from itertools import islice
@@ -31,7 +33,8 @@ _random = random.SystemRandom()  # apart from the generator that a program may h
 
 _MOST_LISTED = 20_000  # names of segments that one poll looks at; a healthy bucket has less than a hundred
 _READ_AT_ONCE = 4
-_MERGE_FROM = 32  # small segments
+_MERGE_FROM = 8  # segments of about the same size
+_SIZE_BITS = 3  # sizes within a factor of 8 are about the same
 _MERGE_AT_ONCE = 512  # segments that one merge reads
 _LARGE_ENTRIES = manifest.MAX_ENTRIES // 2  # a segment of so many entries is not merged again
 
@@ -44,6 +47,10 @@ class ManifestLog:
         threads: read several segments at once.
         count: adds to a counter of the tier.
         on_replaced: called with the entries of stored blocks that another version has replaced.
+
+    Attributes:
+        n_due: segments of the last listing that should be merged.
+        n_writers: machines that wrote the small segments of the last listing.
     """
 
     def __init__(
@@ -64,6 +71,17 @@ class ManifestLog:
         self._refused: set[str] = set()
         self._writer = secrets.token_hex(8)
         self._number = 0
+        self.n_due = self.n_writers = 0
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether entries wait to be published."""
+        return bool(self._waiting)
+
+    @property
+    def n_segments(self) -> int:
+        """The number of segments that were read, or written."""
+        return len(self._known)
 
     # --- writing --------------------------------------------------------------------------------------
 
@@ -110,27 +128,21 @@ class ManifestLog:
 
     # --- reading --------------------------------------------------------------------------------------
 
-    def read_new(self, until: float | None = None) -> bool:
+    def read_new(self, until: float | None = None, most: int | None = None) -> bool:
         """Read the segments that were not read yet, large ones first.
 
         Args:
             until: when to stop, by time.monotonic(); None for never.
+            most: how many to read. Small ones beyond that are read once a machine has merged them.
 
         Returns:
-            False if some are left.
+            False if some are left because of `until`.
 
         Raises:
             RemoteError: the service fails.
         """
-        listed = {each.name for each in islice(self._store.list(manifest.PREFIX), _MOST_LISTED)}
-        with self._lock:
-            for name in self._known.keys() - listed:  # merged into others
-                del self._known[name]
-            self._refused &= listed
-            new = [parsed for name in listed if name not in self._known and (parsed := manifest.parse_name(name))]
-        new = [name for name in new if str(name) not in self._refused]
-        new.sort(key=lambda name: name.n_entries, reverse=True)
-        for at in range(0, len(new), _READ_AT_ONCE):
+        new = self._list_new()
+        for at in range(0, len(new) if most is None else min(len(new), most), _READ_AT_ONCE):
             if until is not None and time.monotonic() >= until:
                 return False
             names = [str(name) for name in new[at : at + _READ_AT_ONCE]]
@@ -138,6 +150,19 @@ class ManifestLog:
             for name, read in zip(names, reads, strict=True):
                 self._apply(name, read)
         return True
+
+    def _list_new(self) -> list[SegmentName]:
+        """Return the names of the segments that were not read yet, large ones first."""
+        listed = {each.name for each in islice(self._store.list(manifest.PREFIX), _MOST_LISTED)}
+        parsed = [name for text in listed if (name := manifest.parse_name(text)) is not None]
+        small = [name for name in parsed if name.n_entries < _LARGE_ENTRIES]
+        self.n_due, self.n_writers = len(_due(small)), len({name.writer for name in small})
+        with self._lock:
+            for text in self._known.keys() - listed:  # merged into others
+                del self._known[text]
+            self._refused &= listed
+            new = [name for name in parsed if str(name) not in self._known and str(name) not in self._refused]
+        return sorted(new, key=lambda name: name.n_entries, reverse=True)
 
     def _apply(self, name: str, read: Future[list[Entry]]) -> None:
         try:
@@ -156,35 +181,56 @@ class ManifestLog:
 
     # --- merging --------------------------------------------------------------------------------------
 
+    @property
+    def should_merge(self) -> bool:
+        """Whether this machine should merge now. Of all machines that ask at about the same time, few should."""
+        if not self.n_due:
+            return False
+        wanted = max(1.0, 2 * self.n_due / _MERGE_AT_ONCE)
+        return _random.random() < wanted / max(self.n_writers, 1)
+
     def merge(self, *, always: bool = False) -> None:
-        """Merge small segments, if there are many. Of many machines, about one does so.
+        """Merge small segments into larger ones. Reads those that were not read yet first.
 
         Args:
-            always: merge even a few.
+            always: merge all of them, however few there are.
         """
+        self.read_new(most=None if always else _MERGE_AT_ONCE)
         with self._lock:
             small = {name: entries for name, entries in self._known.items() if entries is not None}
-        writers = {parsed.writer for name in small if (parsed := manifest.parse_name(name))}
-        if len(small) < (2 if always else _MERGE_FROM) or (not always and _random.random() > 1 / max(len(writers), 1)):
+        parsed = [name for text in small if (name := manifest.parse_name(text)) is not None]
+        due = parsed if always else _due(parsed)
+        merged = [str(name) for name in sorted(due, key=lambda name: name.n_entries)[:_MERGE_AT_ONCE]]
+        if len(merged) < 2:
             return
-        merged = sorted(small, key=lambda name: len(small[name]))[:_MERGE_AT_ONCE]
         entries = _newest(entry for name in merged for entry in small[name] if self._blocks.counts(entry))
         for at in range(0, len(entries), manifest.MAX_ENTRIES):
             self._write(entries[at : at + manifest.MAX_ENTRIES])
         self._store.delete(merged)  # only now: until then, a machine that starts reads these
         with self._lock:
-            for name in merged:
-                self._known.pop(name, None)
+            for text in merged:
+                self._known.pop(text, None)
+
+
+def _due(small: Iterable[SegmentName]) -> list[SegmentName]:
+    """Return the segments to merge: those of which there are many of about the same size.
+
+    A segment grows by a factor with each merge, so that an entry is written and read a few times only.
+    """
+    by_size: dict[int, list[SegmentName]] = defaultdict(list)
+    for name in small:
+        by_size[max(name.n_entries, 1).bit_length() // _SIZE_BITS].append(name)
+    return [name for names in by_size.values() if len(names) >= _MERGE_FROM for name in names]
 
 
 class _Read:
     """Reads one segment."""
 
     def __init__(self, store: ObjectStore, signer: Signer, name: str) -> None:
-        self._store, self._signer, self._name = store, signer, name
+        self._store, self._signer, self.name = store, signer, name
 
     def __call__(self) -> list[Entry]:
-        return manifest.decode(self._store.get(self._name, manifest.MAX_SEGMENT_BYTES), self._signer)
+        return manifest.decode(self._store.get(self.name, manifest.MAX_SEGMENT_BYTES), self._signer)
 
 
 def _newest(entries: Iterable[Entry]) -> list[Entry]:
@@ -195,5 +241,3 @@ def _newest(entries: Iterable[Entry]) -> list[Entry]:
         if kind not in found or found[kind].at < entry.at:
             found[kind] = entry
     return list(found.values())
-
-

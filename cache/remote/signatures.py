@@ -1,8 +1,8 @@
 """Signatures of what a remote tier stores: HMAC-SHA256 with a key that only the machines of the fleet have.
 
 An object begins with a header: magic, the name of the key, and the signature of the kind of the object and of its
-content. So a manifest cannot pass as a block. Whoever can write to the bucket but lacks the key cannot make a machine
-restore KV: forged KV would make a model say what the forger wants.
+content. So a manifest cannot pass as a block. Whoever can write to the bucket but lacks the key cannot make a
+machine restore KV: forged KV would make a model say what the forger wants.
 """
 
 from __future__ import annotations

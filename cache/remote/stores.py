@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
@@ -29,6 +29,10 @@ class Stored(NamedTuple):
     written: float
 
 
+def do_nothing() -> None:
+    """Stand in for a callback."""
+
+
 class ObjectStore(Protocol):
     """Objects by name. A name is a relative path with "/" between its parts.
 
@@ -36,8 +40,12 @@ class ObjectStore(Protocol):
     answer in time.
     """
 
-    def get(self, name: str, limit: int) -> memoryview:
+    def get(self, name: str, limit: int, on_response: Callable[[], None] = do_nothing) -> memoryview:
         """Return the content of an object.
+
+        Args:
+            limit: the most bytes that it may have.
+            on_response: called when the service has begun to answer.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -45,7 +53,7 @@ class ObjectStore(Protocol):
         """
 
     def put(self, name: str, parts: Sequence[Content], *, replace: bool = False) -> bool:
-        """Write an object whole or not at all. Returns False, and writes nothing, if it exists and not `replace`."""
+        """Write an object whole or not at all. Returns False, without a write, if it exists and not `replace`."""
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects. Ignores names that do not exist."""
@@ -94,8 +102,8 @@ def parse_address(value: object) -> Address:
     parts = urlsplit(text)
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise OptionError(
-            f"the address {scheme}://… of remote has credentials or parameters; pass {scheme}://bucket/prefix, and set "
-            "credentials, region and endpoint in the environment"
+            f"the address {scheme}://… of remote has credentials or parameters; pass {scheme}://bucket/prefix, and "
+            "set credentials, region and endpoint in the environment"
         )
     if scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):

@@ -1,21 +1,23 @@
 """The remote tier: a bucket or a mounted directory in which several machines store blocks.
 
-`Cache(remote=…)` creates it. A write hands the block to `Uploads` and returns. A list of the blocks, which manifests
-keep in line with those of other machines, answers lookups. Reads run in threads of the tier: requests wait for them
-only as long as computing would take (see `pipeline/fetcher.py`), and never while the service fails. All blocks and
-manifests are signed, because whoever can write to the bucket could otherwise plant KV.
+`Cache(remote=…)` creates it. A write hands the block to `Uploads` and returns. A list of the blocks, which
+manifests keep in line with those of other machines, answers lookups. Reads run in threads of the tier: requests
+wait for them only as long as computing would take (see `pipeline/fetcher.py`), and never while the service fails.
+All blocks and manifests are signed, because whoever can write to the bucket could otherwise plant KV.
 """
 
 from __future__ import annotations
 
 import random
+import secrets
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -29,9 +31,9 @@ from erllama.cache.remote.health import CircuitBreaker, ReadCost
 from erllama.cache.remote.manifest import Entry, version_of
 from erllama.cache.remote.manifest_log import ManifestLog
 from erllama.cache.remote.signatures import SIGNATURE_BYTES, Signer
-from erllama.cache.remote.stores import ObjectStore
+from erllama.cache.remote.stores import ObjectStore, do_nothing
 from erllama.cache.remote.uploads import KIND, Uploads
-from erllama.cache.tiers.tier import Changes, Tier, TierRow
+from erllama.cache.tiers.tier import Changes, Problem, Tier, TierRow
 from erllama.errors import CacheError, CacheFormatError, RemoteError, RemoteUnreachable, SignatureRefused
 
 T = TypeVar("T")
@@ -47,9 +49,14 @@ _CLOSE_SECONDS = 60.0  # that closing waits for uploads
 _POLL_SECONDS = 60.0  # between two listings of the manifests: each costs a request, on each machine
 _PUBLISH_SECONDS = 5.0  # that a stored block may be unknown to other machines
 _READERS = 4
+READS_PER_POLL = 32  # segments: more are read once another machine has merged them
+_WRITERS_PER_DELAY = 20  # machines beyond which each publishes less often, so that segments stay few
 _USE_STEP_NS = 3600 * 10**9  # uses are told to other machines this rarely
 _ORPHAN_SECONDS = 24 * 3600.0  # an object that no manifest lists by then belongs to a machine that ended before
 _UPLOAD_BYTES = 256 << 20
+
+# Tiers with blocks that are not uploaded, or not in a manifest yet. A cache that was dropped does not lose them.
+busy_tiers: set[RemoteTier] = set()
 
 
 class RemoteTier(Tier):
@@ -97,7 +104,7 @@ class RemoteTier(Tier):
         self._counts_lock = threading.Lock()
         self._own: set[str] = set()  # names of the objects that this machine stored
         self._refused: dict[str, bool] = {}  # objects whose signature was refused, and whether their key is unknown
-        self._on_change: Callable[[], None] = _do_nothing
+        self._on_change: Callable[[], None] = do_nothing
         self._is_open = False
         self._turn_lock = threading.Lock()  # one thread at a time reads and writes manifests
         self._poller: _Poller | None = None
@@ -175,6 +182,7 @@ class RemoteTier(Tier):
             poller.stop()
         self._uploads.abandon()
         self._forget()
+        busy_tiers.discard(self)
 
     def flush(self, timeout: float | None = None) -> bool:
         deadline = time.monotonic() + (_CLOSE_SECONDS if timeout is None else timeout)
@@ -207,13 +215,16 @@ class RemoteTier(Tier):
         if self.read_only:
             raise CacheError(f"{self._location} is read-only")
         if not self._uploads.has_room(payload.nbytes):
-            raise RemoteUnreachable(f"{self._uploads.n_bytes} bytes wait to be uploaded to {self._location} already")
+            raise RemoteUnreachable(
+                f"{self._uploads.n_bytes} bytes wait to be uploaded to {self._location} already"
+            )
         entry, older = self._blocks.store(block, self.size(block, payload.nbytes), version_of(block, payload))
         name = entry.object_name
         if older is not None and older.object_name != name:
             self._uploads.delete([older.object_name])
         self._own.add(name)
         self._uploads.add(entry, payload, replace=self._refused.pop(name, None) is not None)
+        busy_tiers.add(self)
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
         entry = self._entry(block)
@@ -239,8 +250,12 @@ class RemoteTier(Tier):
         payload = self._uploads.get(entry.object_name)
         return (entry.block, payload) if payload is not None and entry.block is not None else None
 
-    def read_now(self, block: Block) -> tuple[Block, memoryview]:
-        """Read a block in this thread, however long it takes. Raises as `read` does."""
+    def read_now(self, block: Block, on_response: Callable[[], None] = do_nothing) -> tuple[Block, memoryview]:
+        """Read a block in this thread, however long it takes. Raises as `read` does.
+
+        Args:
+            on_response: called when the service has begun to answer.
+        """
         entry = self._entry(block)
         if (waiting := self._waiting(entry)) is not None:
             return waiting
@@ -249,7 +264,7 @@ class RemoteTier(Tier):
         self._count("remote_reads")
         began = time.monotonic()
         try:
-            content = self._store.get(entry.object_name, entry.n_bytes)
+            content = self._store.get(entry.object_name, entry.n_bytes, on_response)
         except RemoteError as error:
             self._breaker.record_failure(error)
             self._wake()
@@ -273,6 +288,13 @@ class RemoteTier(Tier):
         if any(getattr(found, name) != getattr(block, name) for name in fields):
             raise CacheFormatError("the object contains another block than the manifest says")
         return found, payload
+
+    def verify(self) -> Iterator[Problem]:
+        for row in self.rows():
+            try:
+                self.read(row.block)
+            except (CacheError, OSError) as error:
+                yield Problem(self.name, self.location_of(row.block), str(error))
 
     def remove(self, keys: Sequence[bytes]) -> None:
         for key in keys:
@@ -301,8 +323,13 @@ class RemoteTier(Tier):
         """Return how long it should take to read some blocks of so many bytes together, by recent reads."""
         return self._cost.expected(n_bytes, -(-n_blocks // _READERS))
 
+    @property
+    def round_trip_seconds(self) -> float:
+        """How long the service should take until it begins to answer, by recent reads."""
+        return self._cost.expected(0)
+
     def record_late(self, n_bytes: int, seconds: float) -> None:
-        """Record that reads of so many bytes exceeded their deadline. Reads are suspended until a probe succeeds."""
+        """Record that reads of so many bytes exceeded their deadline. Suspends reads until a probe succeeds."""
         self._count("remote_reads_late")
         self._cost.record_late(n_bytes, seconds)
         self._breaker.record_late()
@@ -323,17 +350,37 @@ class RemoteTier(Tier):
     def uses(self) -> Iterable[tuple[bytes, int]]:
         return self._blocks.take_uses()
 
-    def repair(self) -> None:
-        """Read all manifests, merge them, and remove objects that no manifest lists."""
-        if self.read_only or not self._is_open:
-            return
-        self.flush()
+    @property
+    def n_manifests(self) -> int:
+        """The number of segments that were read."""
+        return self._log.n_segments
+
+    def read_all(self) -> None:
+        """Read the manifests to the end, however long that takes."""
         with self._turn_lock:
             self._log.read_new()
+
+    def repair(self) -> None:
+        if not self.read_only and self._is_open:
+            self.collect_garbage()
+
+    def collect_garbage(self) -> int:
+        """Read all manifests, merge them, and remove objects older than a day that none of them lists.
+
+        Returns:
+            the number of removed objects.
+        """
+        self.flush()
+        self.read_all()
+        with self._turn_lock:
             self._log.merge(always=True)
         before, known = time.time() - _ORPHAN_SECONDS, self._blocks.names()
-        orphans = [each.name for each in self._store.list("blocks") if each.written < before]
-        self._store.delete(name for name in orphans if name not in known)
+        names = [
+            each.name for kind in ("blocks", "checks") for each in self._store.list(kind) if each.written < before
+        ]
+        orphans = [name for name in names if name not in known]
+        self._store.delete(orphans)
+        return len(orphans)
 
     # --- in the poller's thread, and in those of the uploads -------------------------------------------------
 
@@ -347,7 +394,7 @@ class RemoteTier(Tier):
         self._wake()
 
     def _on_lost(self, entry: Entry, error: Exception) -> None:
-        log.warning("a block could not be uploaded to %s: %s", self._location, error)
+        log.info("a block could not be uploaded to %s: %s", self._location, error)
         self._count("remote_uploads_lost")
         if self._blocks.lose(entry):
             self._on_change()
@@ -368,9 +415,11 @@ class RemoteTier(Tier):
             with self._turn_lock:
                 if poller is not self._poller:
                     return 0.0  # the tier was closed
-                publish = self._log.seconds_to_publish(self._publish_seconds)
+                publish = self._log.seconds_to_publish(self._publish_delay)
                 if publish == 0.0 and not self.read_only and probe is None:
                     self._log.publish()
+                if not poller.polled.is_set() or probe is not None:
+                    self._check_access()
                 if now >= poller.next_poll or probe is not None:
                     self._poll(poller, now)
         except Exception as error:
@@ -385,23 +434,48 @@ class RemoteTier(Tier):
             self._uploads.resume()
         if self._blocks.has_changes:
             self._on_change()
+        busy_tiers.discard(self)
+        if not self._uploads.idle or self._log.has_waiting:
+            busy_tiers.add(self)
         dues = [poller.next_poll - time.monotonic()]
-        if (publish := self._log.seconds_to_publish(self._publish_seconds)) is not None and not self.read_only:
+        if (publish := self._log.seconds_to_publish(self._publish_delay)) is not None and not self.read_only:
             dues.append(publish)
         return max(min(dues), 0.0)
 
+    @property
+    def _publish_delay(self) -> float:
+        delay = self._publish_seconds * max(self._log.n_writers / _WRITERS_PER_DELAY, 1.0)
+        return min(delay, max(self._poll_seconds, self._publish_seconds))
+
+    def _check_access(self) -> None:
+        """Write, read and remove a small object. Raises RemoteError if one of that fails.
+
+        A listing alone may succeed where reads and writes are refused.
+        """
+        if self.read_only:
+            return
+        name, content = f"checks/{secrets.token_hex(8)}", b"erllama writes, reads and removes this object"
+        self._store.put(name, [content])
+        began = time.monotonic()
+        with suppress(FileNotFoundError):  # a rule of the bucket removed it at once
+            self._store.get(name, len(content))
+            self._cost.record(len(content), time.monotonic() - began)
+        self._store.delete([name])
+
     def _poll(self, poller: _Poller, now: float) -> None:
-        first = not poller.polled.is_set()
-        complete = self._log.read_new(now + _START_SECONDS)
+        first, caught_up = not poller.polled.is_set(), poller.caught_up
+        complete = self._log.read_new(now + _START_SECONDS, READS_PER_POLL if caught_up else None)
+        poller.caught_up = caught_up or complete
         # Machines that start together must not list together.
         poller.next_poll = now + self._poll_seconds * _random.uniform(0.75, 1.25) if complete else now
         poller.report(None)
         if not first and complete and not self.read_only:
             self._expire()
-            self._log.merge()
+            if self._log.should_merge:
+                self._log.merge()
 
     def _expire(self) -> None:
-        """Remove blocks that were not used for their lifetime. Machines do so at different times, to do it once."""
+        """Remove blocks that were not used for their lifetime. Machines do so at different times."""
         self._blocks.expire_removals()
         if self._lifetime is None:
             return
@@ -424,6 +498,7 @@ class _Poller:
         error: why the last attempt failed; None if it succeeded.
         wake: set to begin the next turn now.
         next_poll: when to read the manifests next, by time.monotonic().
+        caught_up: whether all manifests that there were at the start have been read.
     """
 
     def __init__(self, tier: RemoteTier) -> None:
@@ -431,6 +506,7 @@ class _Poller:
         self.error: RemoteError | None = None
         self.wake = threading.Event()
         self.next_poll = 0.0
+        self.caught_up = False
         self._stopped = False
         reference = weakref.ref(tier)
         thread = threading.Thread(target=self._run, args=(reference,), name="erllama-remote-poller", daemon=True)
@@ -454,7 +530,3 @@ class _Poller:
             del tier
             if delay > 0:
                 self.wake.wait(min(delay, 1.0))
-
-
-def _do_nothing() -> None:
-    """Stand in for the callback of `watch` until it is called."""

@@ -1,8 +1,8 @@
 """Uploads and deletions of a remote tier, in threads of its own.
 
 The thread of the write queue hands blocks over and does not wait for the network, which may be much slower than the
-disks that it writes to. Until a block is uploaded, it is read from here. Each object has one operation at a time, so
-that a deletion cannot overtake an upload. While the service does not answer, operations wait for it.
+disks that it writes to. Until a block is uploaded, it is read from here. Each object has one operation at a time,
+so that a deletion cannot overtake an upload. While the service does not answer, operations wait for it.
 """
 
 from __future__ import annotations
@@ -77,6 +77,11 @@ class Uploads:
     def n_bytes(self) -> int:
         """Bytes of payloads that wait."""
         return self._n_bytes
+
+    @property
+    def idle(self) -> bool:
+        """Whether no operation waits or runs."""
+        return not self._jobs
 
     def has_room(self, n_bytes: int) -> bool:
         """Return whether a payload may be added."""

@@ -73,7 +73,7 @@ class PrefixSharing:
         return Leader(leader, n_shared) if leader is not None else _NO_LEADER
 
     def is_ready(self, sequence: Sequence) -> bool:
-        """Return whether an admitted sequence has finished waiting for its leader, its fetch, or its parent's save."""
+        """Return whether an admitted sequence waits no longer for its leader, its fetch, or its parent's save."""
         leader = sequence.leader
         if leader is not None:
             return leader.n_computed >= sequence.n_from_leader or leader not in self._running

@@ -30,7 +30,7 @@ from erllama.engine.scheduling.options import SchedulingOptions
 from erllama.errors import OptionError
 from erllama.events.options import KvEvents
 from erllama.events.publisher import Publisher, check_installed
-from erllama.events.publishing import start_publisher
+from erllama.events.publishing import follow_adapters, start_publisher
 
 if TYPE_CHECKING:
     from erllama._process.remote_backend import RemoteBackend
@@ -437,6 +437,7 @@ def _running_model(
         publisher = start_publisher(events, cache, id, backend.namespace)
         on_stopped = publisher.close if publisher is not None else None
         runner = ModelThread(backend, cache, policy, id, **sizes._asdict(), on_stopped=on_stopped)
+        follow_adapters(publisher, runner.adapters, backend.namespace)
         return Model(backend, id, cache, policy, cache_salt, runner, sizes.n_seq_max, _registry)
     except BaseException:
         if runner is not None:

@@ -30,7 +30,7 @@ from erllama._process.protocol.wire_values import pack_error
 from erllama.cache import Cache, Policy
 from erllama.engine import Backend, ModelFacts, ModelThread
 from erllama.engine.scheduling.options import SchedulingOptions
-from erllama.events.publishing import start_publisher
+from erllama.events.publishing import follow_adapters, start_publisher
 
 _PR_SET_PDEATHSIG = 1
 # Bytes that may wait for the parent. Beyond it, replies stay in their tickets, which join their pieces.
@@ -133,6 +133,7 @@ def _start_model(
     runner = ModelThread(
         backend, cache, Policy.of(start.policy), start.id, **sizes._asdict(), on_stopped=on_stopped
     )
+    follow_adapters(publisher, runner.adapters, backend.namespace)
     if start.warmup and backend.limits.can_generate:
         runner.warm_up()
     endpoint = Endpoint(connection, reader, outbox, backend, cache, runner, start.heartbeat_seconds)

@@ -143,6 +143,18 @@ _CACHE = (
         help="Size limit of the cache directory. "
         f"Default: {inspect.signature(erllama.Cache).parameters['disk_quota'].default}.",
     ),
+    click.option(
+        "--remote",
+        metavar="ADDRESS",
+        envvar="ERLLAMA_REMOTE",
+        help="Bucket or mounted directory that machines share, such as s3://bucket/prefix.",
+    ),
+    click.option(
+        "--remote-key-file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        envvar="ERLLAMA_REMOTE_KEY_FILE",
+        help="File of the keys that sign what is stored there.",
+    ),
 )
 
 
@@ -151,6 +163,8 @@ def _build_model_options(values: dict[str, object]) -> ModelOptions:
     assert isinstance(load, tuple)
     if values.get("no_cache") and values["cache_dir"] is not None:
         raise click.UsageError("--cache-dir and --no-cache exclude each other; pass one of them")
+    if values.get("no_cache") and values["remote"] is not None:
+        raise click.UsageError("--remote and --no-cache exclude each other; pass one of them")
     extra = parse_assignments(load, "--load")
     for name in _RESERVED & extra.keys():
         raise click.UsageError(f"--load {name}: the command sets this option itself")

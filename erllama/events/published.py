@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from erllama.events.wire import BlockRemoved, BlockStored, Event
 HASH_BYTES = 8
 _MEDIA = {"live": "GPU", "ram": "CPU", "ram_file": "CPU"}
 _SLOWEST_MEDIUM = "DISK"  # of the disk tier, remote tiers and tiers of the user
+_ALL_MEDIA = ("GPU", "CPU", "DISK")
 # Tokens of one event. vLLM's blocks and chains are of this order; a subscriber handles a batch at once.
 _MAX_EVENT_TOKENS = 8192
 
@@ -100,7 +101,6 @@ class PublishedBlocks:
         # The announced blocks of each parent in each medium, in the order of their tokens: a neighbour has the
         # longest common prefix.
         self._siblings: dict[tuple[bytes, str], list[_Sibling]] = {}
-        self.lora_names: Mapping[bytes, str | None] = {}
 
     def __len__(self) -> int:
         return len(self._held)
@@ -219,25 +219,29 @@ class PublishedBlocks:
             first: how many of the events' blocks at the start to leave out.
         """
         block, hashes, medium = located
-        lora_name = self.lora_names.get(block.namespace)
         if first:
             parent: int | None = key_hash(hashes[(first - 1) * HASH_BYTES :])
         else:
             parent = None if block.parent == block.namespace else key_hash(block.parent)
         new = _unpack(hashes[first * HASH_BYTES :])
         tokens = np.frombuffer(block.tokens, "<u4")[first * self._block_size :].tolist()
-        last = events[-1] if events else None
-        if (
-            isinstance(last, BlockStored)
-            and parent is not None
-            and last.block_hashes[-1] == parent
-            and (last.medium, last.lora_name) == (medium, lora_name)
-            and len(last.token_ids) + len(tokens) <= _MAX_EVENT_TOKENS
-        ):
-            last.block_hashes += new
-            last.token_ids += tokens
-        elif new:
-            events.append(BlockStored(new, parent, tokens, self._block_size, None, medium, lora_name))
+        if not new:
+            return
+        before = None if parent is None else self._continued(events, parent, medium, len(tokens))
+        if before is not None:
+            before.block_hashes += new
+            before.token_ids += tokens
+        else:
+            events.append(BlockStored(new, parent, tokens, self._block_size, None, medium, None))
+
+    def _continued(self, events: list[Event], parent: int, medium: str, n_tokens: int) -> BlockStored | None:
+        """Return the event that ends with a block's predecessor, if the block can be part of it."""
+        for event in events[: -len(_ALL_MEDIA) - 1 : -1]:  # there is one of each medium at the end, or none
+            if not isinstance(event, BlockStored):
+                return None
+            if (event.block_hashes[-1], event.medium) == (parent, medium):
+                return event if len(event.token_ids) + n_tokens <= _MAX_EVENT_TOKENS else None
+        return None
 
     # --- snapshots ---------------------------------------------------------------------------------
 
@@ -246,16 +250,12 @@ class PublishedBlocks:
         return list(self._walk())
 
     def _walk(self) -> Iterator[Located]:
-        roots = [key for key, held in self._held.items() if held.block.parent == held.block.namespace]
-        waiting = [self._held[key] for key in roots]
-        media: dict[str, list[Located]] = {}
+        waiting = [held for held in self._held.values() if held.block.parent == held.block.namespace]
         while waiting:
             held = waiting.pop()
-            for medium in held.media:
-                media.setdefault(medium, []).append(Located(held.block, held.hashes, medium))
+            for medium in sorted(held.media):
+                yield Located(held.block, held.hashes, medium)
             waiting += [self._held[key] for key in self._children.get(held.block.key, ())]
-        for medium in sorted(media):
-            yield from media[medium]
 
 
 def _unpack(hashes: bytes) -> list[int]:

@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -85,8 +85,7 @@ class Publisher:
         options: where and how.
         cache: the cache that the model uses, in the process that runs the model.
         name: the model's name, for the log.
-        namespaces: the root keys of the blocks to publish, without salts, each with the name of its adapter; None
-            for none.
+        namespace: the root key of the blocks to publish: those of requests without a salt.
         wait_for_address: if an address cannot be used, log it, and try again in the thread. For a process that
             replaces one that has ended: its requests must not fail.
 
@@ -104,7 +103,7 @@ class Publisher:
         options: KvEvents,
         cache: Cache,
         name: str,
-        namespaces: Mapping[bytes, str | None],
+        namespace: bytes,
         *,
         wait_for_address: bool = False,
     ) -> None:
@@ -113,7 +112,6 @@ class Publisher:
         self._options, self._cache, self._name = options, cache, name
         self._topic = options.topic.encode()
         self._blocks = PublishedBlocks(options.block_size, options.tiers)
-        self._blocks.lora_names = dict(namespaces)
         self._buffer = ReplayBuffer(options.replay_batches, int(options.replay_bytes))
         self._replays: deque[Replay] = deque()
         self._number = 0  # of the next batch
@@ -142,7 +140,7 @@ class Publisher:
         except BaseException:
             self._close_sockets()
             raise
-        self._log: BlockLog = cache.open_block_log(namespaces.keys(), limit=options.max_pending, wake=self._wake)
+        self._log: BlockLog = cache.open_block_log(namespace, limit=options.max_pending, wake=self._wake)
         self._thread = threading.Thread(target=self._run, name=f"erllama-events-{name}", daemon=True)
         self._thread.start()
 
@@ -156,6 +154,13 @@ class Publisher:
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(_CLOSE_SECONDS)
+
+    def use_namespace(self, namespace: bytes) -> None:
+        """Publish the blocks of another root key from now on, and clear those of the one before."""
+        try:
+            self._cache.turn_block_log(self._log, namespace)
+        except Exception:
+            log.exception("model %r: its KV events keep the adapters that were in effect", self._name)
 
     @property
     def stats(self) -> PublisherStats:
@@ -234,6 +239,8 @@ class Publisher:
         while not self._stopping and (self._events is None or self._requests is None):
             with suppress(EventsError):
                 self._bind_all()
+                break
+            time.sleep(_RETRY_SECONDS)
         return self._events, self._requests
 
     def _publish(self, pub: zmq.Socket[bytes], router: zmq.Socket[bytes]) -> None:
@@ -275,7 +282,13 @@ class Publisher:
         """Send what is due without a change of the cache: an announcement, or an empty batch."""
         now = time.monotonic()
         greets = now >= self._greet_at
-        if now >= self._announce_at or (greets and now - self._began < _START_SECONDS):
+        if greets and now - self._began < _START_SECONDS:
+            # A subscriber ignores a batch with the number of the last one that it got from the process before. If
+            # that is the empty batch, the announcement follows it; if it is the announcement, the empty batch has a
+            # lower number, which shows the restart.
+            self._send(pub, [])
+            self._announce(pub)
+        elif now >= self._announce_at:
             self._announce(pub)
         elif greets or now - self._last_sent > _IDLE_SECONDS:
             self._send(pub, [])
@@ -290,13 +303,13 @@ class Publisher:
 
     def _read_log(self, pub: zmq.Socket[bytes]) -> None:
         """Send the changes since the last call; all blocks if the log has lost some."""
-        changes, complete = self._cache.read_block_log(self._log)
+        changes, complete, overflowed = self._cache.read_block_log(self._log)
         if not complete:
             for events in _split(self._blocks.apply(changes)):
                 self._send(pub, events)
             return
-        if self._number:
-            self._cache.count_events(dropped=1)
+        if overflowed:
+            self._cache.count_events(overflows=1)
             log.warning("model %r: too many changes waited for its KV events; announcing all blocks", self._name)
         self._blocks.replace(changes)
         self._announce(pub)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from erllama.cache import Cache
 from erllama.cache.blocks.keys import NamespaceValue
+from erllama.engine.adapters import Adapters
 from erllama.engine.kv.prefix_cache import prompt_namespace
 from erllama.events.options import KvEvents
 from erllama.events.publisher import Publisher
@@ -31,4 +32,16 @@ def start_publisher(
     if options is None:
         return None
     unsalted = prompt_namespace(namespace, None, ())
-    return Publisher(options, cache, name, {unsalted: None}, wait_for_address=wait_for_address)
+    return Publisher(options, cache, name, unsalted, wait_for_address=wait_for_address)
+
+
+def follow_adapters(
+    publisher: Publisher | None, adapters: Adapters, namespace: Mapping[str, NamespaceValue]
+) -> None:
+    """Publish the blocks of the adapters in effect, whenever they change.
+
+    Args:
+        namespace: of the model's backend.
+    """
+    if publisher is not None:
+        adapters.on_change = lambda current: publisher.use_namespace(prompt_namespace(namespace, None, current))

@@ -21,9 +21,9 @@ class BlockStored(msgspec.Struct, tag=True):
         parent_block_hash: the block before the first one; None at the beginning of a prompt.
         token_ids: the tokens of all blocks.
         block_size: tokens of each block.
-        lora_id: always None; vLLM has replaced it by `lora_name`.
+        lora_id, lora_name: always None. The adapters of a model are those of all its requests, not of a request's
+            choice, and the events report the blocks that they computed.
         medium: "GPU", "CPU" or "DISK".
-        lora_name: the adapter that computed the blocks; None for none.
     """
 
     block_hashes: list[int]

@@ -29,16 +29,15 @@ BODIES: Mapping[str, Mapping[str, object]] = {
 REFUSED: list[tuple[str, Mapping[str, object]]] = [
     ("/v1/chat/completions", {"messages": []}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 9000}]}),
-    ("/v1/chat/completions", {"messages": MESSAGES, "temperature": -1}),
-    ("/v1/chat/completions", {"messages": MESSAGES, "model": "another"}),
+    ("/v1/chat/completions", {"messages": MESSAGES, "tool_choice": "required"}),
     ("/v1/completions", {"prompt": [1, 99999]}),
     ("/v1/completions", {"prompt": "x", "grammar": "root ::= ("}),
     ("/v1/completions", {"prompt": "x", "suffix": "y"}),
     ("/v1/completions", {"prompt": ["x"] * 129}),
     ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}),
     ("/v1/responses", {"input": "x", "previous_response_id": "resp_none"}),
-    ("/v1/messages", {"messages": [{"role": "user", "content": ""}], "max_tokens": 0}),
-    ("/v1/messages", {"messages": MESSAGES[1:]}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "x" * 9000}], "max_tokens": 9}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}),
 ]
 
 
@@ -96,8 +95,8 @@ def error_of(answer: dict[str, object]) -> dict[str, object]:
 
 
 def test_each_prompt_of_a_list_is_rendered(client: TestClient) -> None:
-    answer = client.post("/v1/completions/render", json={"prompt": ["one", "three", [1, 2]]}).json()
-    assert [len(each["token_ids"]) for each in answer] == [3, 5, 2]
+    answer = client.post("/v1/completions/render", json={"prompt": ["one", "three"]}).json()
+    assert [len(each["token_ids"]) for each in answer] == [3, 5]
 
 
 def test_a_stored_response_is_part_of_the_prompt(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,13 +108,11 @@ def test_a_stored_response_is_part_of_the_prompt(client: TestClient, monkeypatch
     assert computed == [rendered]
 
 
-def test_render_needs_the_key_and_its_model(model: erllama.Model) -> None:
-    keys = (ApiKey(secret="k"), ApiKey(secret="none", models=()))
-    with client_of(ServedModel(model), keys=keys) as client:
+def test_render_needs_a_key(model: erllama.Model) -> None:
+    with client_of(ServedModel(model), keys=(ApiKey(secret="k"),)) as client:
         body = BODIES["/v1/chat/completions"]
         path = "/v1/chat/completions/render"
         assert client.post(path, json=body).status_code == 401
-        assert client.post(path, json=body, headers={"authorization": "Bearer none"}).status_code == 403
         assert client.post(path, json=body, headers={"authorization": "Bearer k"}).status_code == 200
 
 

@@ -55,11 +55,11 @@ class RunningServer:
     def post(self, body: object, path: str = CHAT, **options: object) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {**JSON, **options.pop("headers", {})}  # type: ignore[dict-item]
-        return httpx.post(self.url + path, content=content, headers=headers, timeout=60, **options)  # type: ignore[arg-type]
+        return httpx.post(self.url + path, content=content, headers=headers, timeout=120, **options)  # type: ignore[arg-type]
 
     def connect(self) -> socket.socket:
         client = socket.create_connection(self.address)
-        client.settimeout(60)
+        client.settimeout(120)
         return client
 
     def send(self, body: object, path: str = CHAT, headers: Mapping[str, str] | None = None) -> socket.socket:
@@ -105,7 +105,7 @@ def running(
         yield RunningServer(url_of(bound), state, server)
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(120)
         bound.close()
         assert not thread.is_alive()
 

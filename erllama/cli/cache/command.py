@@ -14,6 +14,7 @@ from erllama.cli.cache.archives import export_command, import_command
 from erllama.cli.cache.directories import directories_option, json_option, open_directories
 from erllama.cli.cache.maintenance import evict, gc, verify
 from erllama.cli.cache.pins import list_pins, pin_command, unpin_command
+from erllama.cli.cache.remote import remote
 from erllama.cli.console import format_age, format_count, print_fields, print_json, print_table
 
 
@@ -163,5 +164,5 @@ def _context_json(files: CacheFiles, context: ContextSummary) -> dict[str, objec
     }
 
 
-for command in (verify, gc, evict, export_command, import_command, pin_command, list_pins, unpin_command):
+for command in (verify, gc, evict, export_command, import_command, pin_command, list_pins, unpin_command, remote):
     cache.add_command(command)

@@ -138,7 +138,12 @@ def serve(
             memory_limit=memory_limit,
             page=False if no_page else None,
         ),
-        cache=_given(disk=loading.cache_dir, disk_quota=loading.quota),
+        cache=_given(
+            disk=loading.cache_dir,
+            disk_quota=loading.quota,
+            remote=loading.remote,
+            remote_key_file=loading.remote_key_file,
+        ),
         load={**loading.options, **_given(kv_events=kv_events)},
         in_process=in_process,
         access_log=access_log,
