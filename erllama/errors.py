@@ -158,7 +158,7 @@ class ModelMismatch(Error):  # noqa: N818
 
 
 class RequestCrashed(Error):  # noqa: N818
-    """The request was running when the model's process, or its replica, ended, twice in a row. It is not sent again."""
+    """The request ran when the model's process or replica ended, twice in a row. It is not sent again."""
 
 
 class QueueFull(Error):  # noqa: N818

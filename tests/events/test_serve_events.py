@@ -46,7 +46,9 @@ def test_the_next_port_of_another_model_is_taken(tmp_path: Path, tiny_gguf: Path
         f'[[models]]\npath = "{tiny_gguf}"\nname = "{name}"\nkv_events = "tcp://127.0.0.1:{port}"\n'
         for name, port in (("a", 7001), ("b", 7002))
     )
-    with pytest.raises(ConfigurationError, match=r"erllama.toml, line 8: .*publish KV events at tcp://127.0.0.1:7002"):
+    with pytest.raises(
+        ConfigurationError, match=r"erllama.toml, line 8: .*publish KV events at tcp://127.0.0.1:7002"
+    ):
         settings_of(tmp_path, text)
 
 
