@@ -162,7 +162,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	@rm -rf $(TREE) && mkdir -p $(TREE)/erllama && ln -s $(addprefix $(CURDIR)/,$(wildcard erllama/*) engine cache llama_ffi) $(TREE)/erllama/
 	@ln -s $(CURDIR)/scripts $(TREE)/scripts
-	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model -p scripts.agents -p scripts.router_tests -m scripts.real_models -m scripts.bert_to_gguf
+	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model -p scripts.agents -p scripts.router_tests -p scripts.fleet_tests -m scripts.real_models -m scripts.bert_to_gguf
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 format: setup-dev

@@ -25,7 +25,7 @@ from erllama.cache.remote.tier import RemoteTier
 _SLACK = 4.0
 # The service must begin to answer within this part of the time that computing takes. If it is gone, that is what a
 # request loses: with the poll of an idle scheduler, less than 5 %.
-_SHARE_IN_VAIN = 0.04
+_SHARE_IN_VAIN = 0.03
 # Seconds per token, until the model has computed a prompt: a fast model, so that the first wait is short.
 _DEFAULT_SECONDS_PER_TOKEN = 0.0005
 _MEASURE_SECONDS = 30.0  # between two reads that no request waits for, while waiting is not worth it

@@ -16,6 +16,7 @@ from erllama.events.published import PublishedBlocks, key_hash
 from erllama.events.replays import payloads
 from erllama.events.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, decode, encode
 from support.event_subscriber import State, apply_event, findable, stored_in
+from support.examples import examples
 
 ROOT = namespace_key({"model": "test"})
 OTHER = namespace_key({"model": "test", "cache_salt": "s"})
@@ -52,7 +53,7 @@ def held_after(changes: list[BlockChange]) -> list[tuple[str, Block]]:
     return [(tier, block) for (tier, _), block in held.items()]
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(CHANGES, st.integers(1, 7))
 def test_events_keep_a_subscriber_equal_to_the_tiers(
     drawn: list[tuple[list[int], int, str, bool]], step: int
@@ -64,7 +65,7 @@ def test_events_keep_a_subscriber_equal_to_the_tiers(
         assert state.known == findable(held_after(changes[: at + step]), SMALL, FULL)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(CHANGES)
 def test_a_snapshot_has_exactly_what_events_have_told(drawn: list[tuple[list[int], int, str, bool]]) -> None:
     changes, blocks, state = as_changes(drawn), PublishedBlocks(SMALL), State()
@@ -76,7 +77,7 @@ def test_a_snapshot_has_exactly_what_events_have_told(drawn: list[tuple[list[int
     assert state.known == findable(held_after(changes), SMALL, FULL)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(CHANGES, CHANGES)
 def test_the_whole_content_replaces_what_was_known(
     before: list[tuple[list[int], int, str, bool]], after: list[tuple[list[int], int, str, bool]]
@@ -109,7 +110,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(OPERATIONS, st.integers(1, 6))
 def test_a_log_of_a_cache_misses_no_change(operations: list[tuple[str, object]], limit: int) -> None:
     with logged_cache(limit) as (cache, log):
