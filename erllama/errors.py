@@ -153,8 +153,12 @@ class ModelFailed(Error):  # noqa: N818
     """The process of the model ended too often and is not started again. Unload the model, and load it again."""
 
 
+class ModelMismatch(Error):  # noqa: N818
+    """A replica of a fleet runs another model than the ingress has tokenized for, under the same name."""
+
+
 class RequestCrashed(Error):  # noqa: N818
-    """The request was running when the model's process ended, twice in a row. It is not sent again."""
+    """The request ran when the model's process or replica ended, twice in a row. It is not sent again."""
 
 
 class QueueFull(Error):  # noqa: N818
