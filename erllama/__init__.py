@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         CellsExhausted,
         ChatError,
         DeadlineExceeded,
+        DownloadError,
         Error,
         GrammarError,
         IntegrityError,
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
         MissingPackage,
         ModelFailed,
         ModelLoadError,
+        ModelNameError,
         ModelNotFound,
         ModelUnloaded,
         OptionError,
@@ -157,6 +159,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "CellsExhausted",
         "ChatError",
         "DeadlineExceeded",
+        "DownloadError",
         "Error",
         "GrammarError",
         "IntegrityError",
@@ -166,6 +169,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "MissingPackage",
         "ModelFailed",
         "ModelLoadError",
+        "ModelNameError",
         "ModelNotFound",
         "ModelUnloaded",
         "OptionError",
@@ -186,7 +190,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
-_SUBMODULES = ("cache", "chat", "engine", "errors")
+_SUBMODULES = ("cache", "chat", "engine", "errors", "models")
 
 __all__ = [
     "Adapter",
@@ -214,6 +218,7 @@ __all__ = [
     "Delta",
     "Device",
     "Done",
+    "DownloadError",
     "Drafter",
     "Drafts",
     "EngineMetrics",
@@ -231,6 +236,7 @@ __all__ = [
     "ModelFailed",
     "ModelInfo",
     "ModelLoadError",
+    "ModelNameError",
     "ModelNotFound",
     "ModelUnloaded",
     "OptionError",

@@ -38,7 +38,7 @@ _TYPES = (
     help="Cache directory that stores the fingerprint. Default: the user's cache directory.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(model: Path | None, fingerprint: bool, metadata: bool, cache_dir: Path | None, as_json: bool) -> None:
+def info(model: str | None, fingerprint: bool, metadata: bool, cache_dir: Path | None, as_json: bool) -> None:
     """Describe a model file. Reads its header only."""
     path = existing_path(model_or_demo(model))
     with erllama.Cache(ram=0) as cache, erllama.load_model(path, vocab_only=True, cache=cache) as vocabulary:

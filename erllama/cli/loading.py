@@ -26,7 +26,7 @@ class ModelOptions:
         quota: size limit of the cache directory in bytes; None for the default of `Cache`.
     """
 
-    n_ctx: int | None = None
+    n_ctx: int | str | None = None
     threads: int | None = None
     n_gpu_layers: int | None = None
     devices: tuple[str, ...] = ()
