@@ -27,7 +27,7 @@ AXE_VERSION := 4.14.1
 AXE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/erllama/axe-core-$(AXE_VERSION)
 # The tests of real models, which skip without ERLLAMA_REAL_MODELS and ERLLAMA_TEST_MODEL.
 REAL_MODEL_TESTS := $(addprefix tests/,models/test_real_models.py models/test_real_adapters.py models/test_real_embeddings.py \
-	exactness/test_real_exactness.py chat/test_real_chats.py)
+	models/test_real_memory_estimates.py 	exactness/test_real_exactness.py chat/test_real_chats.py)
 # Errors only: pip's warnings about its configuration would hide the messages of the set-up.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 

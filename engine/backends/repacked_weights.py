@@ -1,8 +1,8 @@
 """Estimates the memory of weights on the CPU, with the copies that libllama makes of them in another order.
 
-libllama stores a weight matrix again in the order that the processor's instructions read, if it has a kernel for the
-matrix's type and shape. The mapped original is then not read any more. `memory_estimate` calls this module. The rules
-are those of ggml's CPU backend of the pinned release (`ggml-cpu/amx` and `ggml-cpu/repack.cpp`).
+libllama stores a weight matrix again in the order that the processor's instructions read, if it has a kernel for
+the matrix's type and shape. The mapped original is then not read any more. `memory_estimate` calls this module. The
+rules are those of ggml's CPU backend of the pinned release (`ggml-cpu/amx` and `ggml-cpu/repack.cpp`).
 """
 
 from __future__ import annotations

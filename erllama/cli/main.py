@@ -108,7 +108,8 @@ def _log_to_stderr(debug: bool) -> Iterator[None]:
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
-    epilog="A model is a GGUF file, or a name that `erllama models` lists. Prompts are cached in the user's cache directory; `erllama cache` manages it.",
+    epilog="A model is a GGUF file, or a name that `erllama models` lists. Prompts are cached in the user's cache "
+    "directory; `erllama cache` manages it.",
 )
 @click.version_option(erllama.__version__, message="erllama %(version)s")
 @click.option(

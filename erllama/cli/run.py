@@ -60,8 +60,8 @@ def run(
     """Write one reply to a prompt.
 
     The first argument is the MODEL if it is a file, ends in .gguf, or is the whole name of a model on this machine
-    (see `erllama models`). Without it, the command uses erllama's demo model. All other arguments form the PROMPT. An argument "-" stands for the text on stdin. Without a PROMPT,
-    the command reads stdin.
+    (see `erllama models`). Without it, the command uses erllama's demo model. All other arguments form the PROMPT.
+    An argument "-" stands for the text on stdin. Without a PROMPT, the command reads stdin.
 
     \b
       erllama run model.gguf "Why is the sky blue?"

@@ -5,9 +5,9 @@
     for model in models.local_models():
         print(model.name, model.store, model.n_bytes, model.problem)
 
-`stores` reads the directories of Ollama, LM Studio, huggingface_hub and llama.cpp, and the user's own. `names` finds a
-name in them. `download` gets models, only on request. `fit` compares a model with the free memory. Imports run from
-`download` and `fit` to `names`, `stores` and `local_model`.
+`stores` reads the directories of Ollama, LM Studio, huggingface_hub and llama.cpp, and the user's own. `names`
+finds a name in them. `download` gets models, only on request. `fit` compares a model with the free memory. Imports
+run from `download` and `fit` to `names`, `stores` and `local_model`.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
 """Whether a model fits the free memory, and with how much context.
 
-`load_model` refuses a model that cannot fit, and finds the context of `n_ctx="fit"`. `erllama fit`, `erllama models`
-and the server use the same numbers. The estimates are those of `engine.backends.memory_estimate`.
+`load_model` refuses a model that cannot fit, and finds the context of `n_ctx="fit"`. `erllama fit`, `erllama
+models` and the server use the same numbers. The estimates are those of `engine.backends.memory_estimate`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from erllama.cache.pressure.memory import available_memory
 from erllama.cache.sizes import format_size
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from erllama.engine.backends.memory_estimate import MemoryEstimate, ModelHeader
 
 FIT = "fit"  # the value of `n_ctx` that stands for the largest context that fits
-# Of the free memory, what a model may use with n_ctx="fit". The rest is for the process itself, and for prompts that
-# the cache keeps in RAM.
+# Of the free memory, what a model may use with n_ctx="fit". The rest is for the process itself, and for prompts
+# that the cache keeps in RAM.
 USABLE = 0.9
 KV_TYPES = ("f16", "q8_0", "q4_0")  # the usual ones, in the order of their size
 _STEP = 256  # tokens; the context is rounded up to a multiple
@@ -51,8 +51,8 @@ class Fit:
         path: its file.
         estimate: the memory that it needs, as a `MemoryEstimate` in bytes: `weights`, `kv`, `state`, `compute` and
             `total`, and the size `n_ctx` of its context in tokens.
-        free: bytes of memory that are free for it: those of this machine within the limits of its cgroups, and those
-            of the GPUs that hold its layers.
+        free: bytes of memory that are free for it: those of this machine within the limits of its cgroups, and
+            those of the GPUs that hold its layers.
         n_ctx_train: the context that the model was trained with, in tokens; 0 if its file does not say.
         largest_n_ctx: the largest context in tokens that fits nine tenths of the free memory, at most n_ctx_train,
             by the type of its KV: the asked type, and smaller ones that the model can use. 0 if none fits.
@@ -244,4 +244,4 @@ def checked_n_ctx(n_ctx: object) -> int | None:
         if n_ctx != FIT:
             raise OptionError(f'n_ctx={shown(n_ctx)}; pass a number of tokens, "fit", or None')
         return None
-    return n_ctx  # type: ignore[return-value] - LlamaOptions checks it
+    return cast("int | None", n_ctx)  # LlamaOptions checks it

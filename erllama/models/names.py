@@ -1,7 +1,7 @@
 """Names of models: the list of local models, and the file that a name means.
 
-`local_models` reads all stores. `find_model` finds a name in them, and `model_path` also accepts paths. Every command,
-`load_model` and the server's configuration call `model_path`, so that a name means the same everywhere.
+`local_models` reads all stores. `find_model` finds a name in them, and `model_path` also accepts paths. Every
+command, `load_model` and the server's configuration call `model_path`, so that a name means the same everywhere.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ class _Reader:
             with self._at(("server", name)):
                 checked = _server_option(name, value)
                 if name == "model_dirs":
-                    checked = [str(self._resolve(each)) for each in texts(name, value)]
+                    checked = [str(self._resolve(each)) for each in texts(name, checked)]
                 elif name == "state_dir" or (name == "access_log" and value not in ("stderr", "none")):
                     checked = str(self._resolve(checked))
                 if name == "access_log" and not Path(str(checked)).parent.is_dir():
@@ -350,6 +350,8 @@ def _server_option(name: str, value: object) -> object:
     if name in _LISTEN:
         ListenOptions(**{name: value})  # type: ignore[arg-type]
         return value
+    if name == "model_dirs":
+        return texts(name, value)
     if name in ("allowed_hosts", "cors_origins"):
         value = texts(name, value)
     elif name == "max_body_bytes":

@@ -34,8 +34,8 @@ def fit(
 ) -> int:
     """Show whether a model fits the free memory.
 
-    Estimates the memory of its weights, its context and its computations from the header of its file, and prints the
-    largest contexts that fit nine tenths of the free memory. Exit status 1 if the model does not fit.
+    Estimates the memory of its weights, its context and its computations from the header of its file, and prints
+    the largest contexts that fit nine tenths of the free memory. Exit status 1 if the model does not fit.
     """
     asked = {"n_ctx": n_ctx, "n_seq_max": n_seq_max}
     options = {name: value for name, value in asked.items() if value is not None} | parse_assignments(

@@ -33,9 +33,9 @@ _COLUMNS = (
 def models(prefix: str | None, broken: bool, as_json: bool) -> None:
     """List the models on this machine.
 
-    With a PREFIX, those whose names begin so. The command reads the directories of Ollama, LM Studio, Hugging Face and
-    llama.cpp, those of the variable ERLLAMA_MODELS, and that of `erllama pull`. "fits" is whether a model fits the free
-    memory with the default options.
+    With a PREFIX, those whose names begin so. The command reads the directories of Ollama, LM Studio, Hugging Face
+    and llama.cpp, those of the variable ERLLAMA_MODELS, and that of `erllama pull`. "fits" is whether a model fits
+    the free memory with the default options.
     """
     found = [model for model in local_models() if _begins(model, prefix)]
     free = free_memory({}) if found else 0

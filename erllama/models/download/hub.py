@@ -1,8 +1,8 @@
-"""Models of the Hugging Face hub, downloaded into the cache of huggingface_hub, where other programs find them, too.
+"""Models of the Hugging Face hub, downloaded into the cache of huggingface_hub.
 
-huggingface_hub supplies the endpoint (`HF_ENDPOINT`), the token, the offline mode (`HF_HUB_OFFLINE`) and the session.
-`transfer` gets the files, because huggingface_hub neither continues a download of an earlier process nor checks
-digests. A file has its place in the cache only when its digest is right.
+huggingface_hub supplies the endpoint (`HF_ENDPOINT`), the token, the offline mode (`HF_HUB_OFFLINE`) and the
+session. `transfer` gets the files, because huggingface_hub neither continues a download of an earlier process nor
+checks digests. A file has its place in the cache only when its digest is right.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 
 from erllama.cache.sizes import format_size
@@ -108,7 +109,7 @@ def pull_from_hub(
     return path
 
 
-def _import_hub() -> Any:
+def _import_hub() -> ModuleType:
     """Return huggingface_hub with the submodules in use."""
     for module in (
         "huggingface_hub",
@@ -130,7 +131,7 @@ class _RepositoryDownload:
 
     def __init__(
         self,
-        hub: Any,
+        hub: ModuleType,
         repository: str,
         folder: Path,
         commit: str,
@@ -155,8 +156,8 @@ class _RepositoryDownload:
         if not blob.exists():
             if file.n_bytes > _LARGEST_HTTP_FILE:
                 raise DownloadError(
-                    f"{file.name} has {format_size(file.n_bytes)}, and the hub serves files of more than 50 GB only "
-                    f"through its own protocol; run `hf download {self._repository} {file.name}`"
+                    f"{file.name} has {format_size(file.n_bytes)}, and the hub serves files of more than 50 GB "
+                    f"only through its own protocol; run `hf download {self._repository} {file.name}`"
                 )
             partial = blob.with_name(f"{file.sha256}.incomplete")
             source = _HubSource(self._hub, self._repository, self._commit, file.name)
@@ -175,7 +176,7 @@ class _RepositoryDownload:
 class _HubSource:
     """A file of the hub, as a `transfer.Source`."""
 
-    def __init__(self, hub: Any, repository: str, commit: str, file: str) -> None:
+    def __init__(self, hub: ModuleType, repository: str, commit: str, file: str) -> None:
         self._hub, self._repository, self._file = hub, repository, file
         self._url = hub.hf_hub_url(repository, file, revision=commit)
 
@@ -195,13 +196,13 @@ class _HubSource:
 
                 def next_piece() -> bytes:
                     with _explained(self._hub, self._repository):
-                        return next(pieces, b"")  # type: ignore[no-any-return]
+                        return next(pieces, b"")
 
                 yield response.status_code, next_piece
 
 
 @contextmanager
-def _explained(hub: Any, repository: str) -> Iterator[None]:
+def _explained(hub: ModuleType, repository: str) -> Iterator[None]:
     """Turn errors of huggingface_hub into errors of erllama: a `TransferError` if another attempt may succeed."""
     errors = hub.errors
     http_error = import_module(type(hub.utils.get_session()).__module__.partition(".")[0]).HTTPError
@@ -214,8 +215,8 @@ def _explained(hub: Any, repository: str) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise DownloadError(
-            f"there is no repository {repository} at {hub.constants.ENDPOINT}, or it is private; check the name, or "
-            "run `hf auth login`"
+            f"there is no repository {repository} at {hub.constants.ENDPOINT}, or it is private; check the name, "
+            "or run `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
         raise DownloadError(f"{repository} has no such revision; leave it out for main") from None
@@ -270,10 +271,9 @@ def _chosen(models: Sequence[_HubModel], repository: str, choice: str | None) ->
         found = _matching(models, choice)
     if len(found) == 1:
         return found[0]
-    names = sorted(quantization_in(model.stem) or model.stem for model in found or models)
-    listed = ", ".join(
-        dict.fromkeys(names if len(set(names)) == len(names) else sorted(m.stem for m in found or models))
-    )
+    stems = sorted(model.stem for model in found or models)
+    tags = [quantization_in(stem) or stem for stem in stems]
+    listed = ", ".join(tags if len(set(tags)) == len(tags) else stems)
     if not models:
         raise DownloadError(f"{repository} has no GGUF model; look for a repository whose name ends in -GGUF")
     asked = "without a tag" if choice is None else f"with {shown(choice)}"

@@ -58,8 +58,8 @@ def get_file(source: Source, target: Path, partial: Path, n_bytes: int, sha256: 
         on_progress: called with the bytes that exist, and may raise to end the transfer.
 
     Raises:
-        DownloadError: the connection fails again and again, the disk is full, another process gets the same file, or
-            the digest is wrong.
+        DownloadError: the connection fails again and again, the disk is full, another process gets the same file,
+            or the digest is wrong.
         OSError: the directory cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +159,6 @@ def _check_space(directory: Path, needed: int, name: str) -> None:
     free = shutil.disk_usage(directory).free
     if needed + _RESERVE > free:
         raise DownloadError(
-            f"{name} needs {format_size(needed)} in {directory}, where {format_size(free)} are free; free some space, "
-            "or choose another directory with HF_HUB_CACHE"
+            f"{name} needs {format_size(needed)} in {directory}, where {format_size(free)} are free; free some "
+            "space, or choose another directory with HF_HUB_CACHE"
         )

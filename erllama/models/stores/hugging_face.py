@@ -1,9 +1,9 @@
 """Models in the cache of huggingface_hub, which llama.cpp uses, too.
 
-A repository lies at `models--ORG--NAME`, with `refs/REVISION` (a commit), `snapshots/COMMIT/FILE` (a link to a blob)
-and `blobs/DIGEST`. A blob of a download in progress ends in ".incomplete". Links may lead out of the repository:
-huggingface_hub keeps blobs that several repositories share elsewhere. The cache is the directory of the variable
-HF_HUB_CACHE, or `hub` in that of HF_HOME, or `~/.cache/huggingface/hub`.
+A repository lies at `models--ORG--NAME`, with `refs/REVISION` (a commit), `snapshots/COMMIT/FILE` (a link to a
+blob) and `blobs/DIGEST`. A blob of a download in progress ends in ".incomplete". Links may lead out of the
+repository: huggingface_hub keeps blobs that several repositories share elsewhere. The cache is the directory of the
+variable HF_HUB_CACHE, or `hub` in that of HF_HOME, or `~/.cache/huggingface/hub`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Models in Ollama's store.
 
-A manifest lies at `manifests/HOST/NAMESPACE/MODEL/TAG`. It is JSON with the layers of the model, each with its media
-type, its size and its digest. The layer of type `application/vnd.ollama.image.model` is the GGUF file. The content of
-a digest `sha256:HEX` lies at `blobs/sha256-HEX`, and a download in progress at `blobs/sha256-HEX-partial`. The store
-is the directory of the variable OLLAMA_MODELS, or `~/.ollama/models`, or that of the service on Linux. Manifests are
-not trusted: a digest that is not one is never made into a path.
+A manifest lies at `manifests/HOST/NAMESPACE/MODEL/TAG`. It is JSON with the layers of the model, each with its
+media type, its size and its digest. The layer of type `application/vnd.ollama.image.model` is the GGUF file. The
+content of a digest `sha256:HEX` lies at `blobs/sha256-HEX`, and a download in progress at
+`blobs/sha256-HEX-partial`. The store is the directory of the variable OLLAMA_MODELS, or `~/.ollama/models`, or that
+of the service on Linux. Manifests are not trusted: a digest that is not one is never made into a path.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ def models_in(roots: Iterable[Path], store: str, short_names: Mapping[str, str] 
     Args:
         short_names: further names, by file name.
     """
-    found = [(root, file) for root in roots for file in model_files(walk(root))]
+    different = {os.path.realpath(root): root for root in reversed([*roots])}
+    found = [(root, file) for root in reversed(different.values()) for file in model_files(walk(root))]
     counts = Counter(file.stem for _, file in found)
     models = []
     for root, file in found:
