@@ -8,12 +8,12 @@ variable HF_HUB_CACHE, or `hub` in that of HF_HOME, or `~/.cache/huggingface/hub
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from erllama.models.local_model import LocalModel, ModelFile, check_gguf, model_files, quantization_in
+from erllama.models.stores.environment import directory_of, system_cache
 from erllama.models.stores.walk import directories, entries, read_small, walk
 
 STORE = "hugging face"
@@ -24,10 +24,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def cache_directory() -> Path:
     """Return the directory of the cache; it may not exist."""
     for variable, inner in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
-        if chosen := os.environ.get(variable):
-            return Path(os.path.expandvars(chosen)).expanduser() / inner
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "huggingface" / "hub"
+        if chosen := directory_of(variable):
+            return chosen / inner
+    return system_cache() / "huggingface" / "hub"
 
 
 def models(root: Path, store: str = STORE) -> Iterator[LocalModel]:

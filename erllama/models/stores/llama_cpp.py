@@ -8,7 +8,6 @@ releases use the cache of huggingface_hub, also in the directory of the variable
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from erllama.engine.backends.gguf_parts import split_name
 from erllama.models.local_model import LocalModel, model_files
 from erllama.models.stores import hugging_face
+from erllama.models.stores.environment import directory_of, system_cache
 from erllama.models.stores.walk import entries, read_small
 
 STORE = "llama.cpp"
@@ -26,12 +26,11 @@ _IN_PROGRESS = ".gguf.downloadInProgress"
 
 def roots() -> list[Path]:
     """Return the directories where models may be."""
-    chosen = os.environ.get("LLAMA_CACHE")
-    if chosen:
-        return [Path(chosen).expanduser()]
+    if chosen := directory_of("LLAMA_CACHE"):
+        return [chosen]
     if sys.platform == "darwin":
         return [Path.home() / "Library" / "Caches" / "llama.cpp"]
-    return [Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llama.cpp"]
+    return [system_cache() / "llama.cpp"]
 
 
 def models(root: Path) -> Iterator[LocalModel]:

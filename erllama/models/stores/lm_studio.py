@@ -1,8 +1,8 @@
-"""Models in LM Studio's directory: `PUBLISHER/MODEL/FILE.gguf`.
+"""Models in LM Studio's directory.
 
-LM Studio's home is the directory that `~/.lmstudio-home-pointer` names, or `~/.lmstudio`, or `~/.cache/lm-studio`
-of earlier releases. The models lie in `models` in it, or in the `downloadsFolder` of its `settings.json`. A
-download in progress ends in ".part".
+A file lies at `PUBLISHER/MODEL/FILE.gguf`. LM Studio's home is the directory that `~/.lmstudio-home-pointer` names, or
+`~/.lmstudio`, or `~/.cache/lm-studio` of earlier releases. The models lie in `models` in it, or in the
+`downloadsFolder` of its `settings.json`. A download in progress ends in ".part".
 """
 
 from __future__ import annotations

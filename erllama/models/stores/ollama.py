@@ -10,12 +10,12 @@ of the service on Linux. Manifests are not trusted: a digest that is not one is 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from erllama.models.local_model import LocalModel, check_gguf
+from erllama.models.stores.environment import directory_of
 from erllama.models.stores.walk import directories, entries, read_small
 
 STORE = "ollama"
@@ -29,9 +29,8 @@ _IMAGE = "application/vnd.ollama.image."
 
 def roots() -> list[Path]:
     """Return the directories where a store may be."""
-    chosen = os.environ.get("OLLAMA_MODELS")
-    if chosen:
-        return [Path(chosen).expanduser()]
+    if chosen := directory_of("OLLAMA_MODELS"):
+        return [chosen]
     return [Path.home() / ".ollama" / "models", _SERVICE]
 
 

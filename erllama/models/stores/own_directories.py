@@ -14,6 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from erllama.models.local_model import LocalModel, model_files
+from erllama.models.stores.environment import directories_of, directory_of
 from erllama.models.stores.walk import walk
 
 VARIABLE = "ERLLAMA_MODELS"
@@ -22,13 +23,12 @@ CACHE_VARIABLE = "ERLLAMA_MODEL_CACHE"
 
 def models_directory() -> Path:
     """Return the directory of the models that `erllama pull` gets from the package index; it may not exist."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("erllama")) / "models"
+    return directory_of(CACHE_VARIABLE) or Path(platformdirs.user_cache_dir("erllama")) / "models"
 
 
 def own_directories() -> list[Path]:
     """Return the directories of the variable ERLLAMA_MODELS."""
-    return [Path(each).expanduser() for each in os.environ.get(VARIABLE, "").split(os.pathsep) if each]
+    return directories_of(VARIABLE)
 
 
 def models_in(roots: Iterable[Path], store: str, short_names: Mapping[str, str] | None = None) -> list[LocalModel]:
