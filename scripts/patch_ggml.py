@@ -1,6 +1,7 @@
-"""Changes the copy of llama.cpp's source that build_llama.sh builds: `patch_ggml.py SOURCE`.
+"""Changes the copy of llama.cpp's source that build_llama.sh builds: `patch_ggml.py SOURCE [--fixes-only]`.
 
-Each change of ggml has a header beside this file, which explains it. The script stops if the source is another one.
+Each change for speed has a header beside this file, which explains it. llama.cpp's own tools get the fixes alone.
+The script stops if the source is another one.
 """
 
 from __future__ import annotations
@@ -119,6 +120,11 @@ NEW_KICKOFF_END = """    }
 JOIN = "        int32_t rc = ggml_thread_join("
 WAKE_TO_JOIN = "        erl_wake_worker(&workers[j].asleep);\n"
 
+# GCC's _tile_loadconfig declares that it reads the first 8 bytes of a configuration of 64. The compiler then omits
+# the stores to the others, and the first product on a processor with AMX ends the process.
+LOAD_TILES = "    _tile_loadconfig(&tc);\n"
+STORE_TILES = '    __asm__ volatile("" : : "r"(&tc) : "memory");  // all of tc is stored before it is loaded\n'
+
 # A decode compares all pairs of its sequences. With one pool of cells, the release compares the pairs of 256,
 # which takes 0.1 ms. Here it compares those that the context has. The binding refuses numbers beyond them.
 SEQUENCES = """    const uint32_t n_seq_max = cparams.kv_unified ? LLAMA_MAX_SEQ : cparams.n_seq_max;
@@ -129,8 +135,13 @@ NEW_SEQUENCES = """    const uint32_t n_seq_max = cparams.n_seq_max;
     // embedding contexts"""
 
 
+def fixes() -> list[Change]:
+    """Return the changes without which the release does not run on some processors."""
+    return [Change(FOLDER / "amx/mmq.cpp", LOAD_TILES, STORE_TILES + LOAD_TILES)]
+
+
 def changes(source: Path) -> list[Change]:
-    """Return the changes for this source. Two of them replace everything between a first and a last text."""
+    """Return the changes for speed. Two of them replace everything between a first and a last text."""
     ops, cpu = FOLDER / "ops.cpp", FOLDER / "ggml-cpu.c"
     ops_code, cpu_code = ((source / path).read_text() for path in (ops, cpu))
     includes = '#include "attention_chunks.h"\n#include "thread_waits.h"\n'
@@ -166,16 +177,18 @@ def between(code: str, first: str, last: str) -> str:
     return code[code.index(first) : code.index(last)]
 
 
-def main(source: Path) -> None:
-    for change in changes(source):
+def main(source: Path, *, fixes_only: bool) -> None:
+    for change in fixes() if fixes_only else [*fixes(), *changes(source)]:
         path = source / change.file
         code = path.read_text()
         if code.count(change.old) != 1:
             sys.exit(f"patch_ggml: error: {path}: {change.old!r} occurs {code.count(change.old)} times")
         path.write_text(code.replace(change.old, change.new))
+    if fixes_only:
+        return
     for header in ("attention_chunks.h", "thread_waits.h", "unmasked_cells.h"):
         shutil.copy(HERE / header, source / FOLDER)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), fixes_only="--fixes-only" in sys.argv[2:])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +13,33 @@ from hypothesis import HealthCheck, settings
 
 import erllama
 from erllama.testing.models import TINY, write_llama, write_lora
+from support.examples import examples
 
 # For a libllama with OpenMP, such as one of the user's own checkout: its threads wait for each other asleep, here
 # and in child processes. A thread that spins while the other one waits for a core makes a decode hundreds of times
 # slower beside busy processes. libgomp reads this variable when it is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+# Python writes compiled files here and in child processes, whatever the user's environment says: hundreds of child
+# processes import erllama, and each would compile its sources again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 settings.register_profile(
-    "suite", deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(HealthCheck)
+    "suite",
+    max_examples=examples(40),
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the collection of the tests made out of later garbage collections: millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

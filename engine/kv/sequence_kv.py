@@ -166,7 +166,9 @@ class SequenceKV:
             self._prefix_cache.record_fault("counting a request")
 
     def _slowest(self, tiers: set[str]) -> str:
-        return next((name for name in reversed(self._cache.tier_names) if name in tiers), LIVE)
+        # Blocks in the write queue are read from "ram", also in a cache without a RAM tier.
+        slower = [name for name in self._cache.tier_names if name not in (LIVE, "ram")]
+        return next((name for name in (*reversed(slower), "ram") if name in tiers), LIVE)
 
     def _restore_match(
         self, match: Match, reproducible: bool, n_shared: int, room: int, tiers: set[str]

@@ -124,17 +124,17 @@ for command in (
     LazyCommand("chat", "erllama.cli.chat.command", "Chat with a model."),
     LazyCommand(
         "serve",
-        "erllama.cli.serve",
+        "erllama.cli.server.serve",
         "Serve models over HTTP, with the APIs of OpenAI, Anthropic, llama-server and Ollama.",
     ),
     LazyCommand(
         "ps",
-        "erllama.cli.ps",
+        "erllama.cli.server.ps",
         "Show the models of a running server: their state, memory, requests and cached prompt tokens.",
     ),
     LazyCommand(
         "stop",
-        "erllama.cli.stop",
+        "erllama.cli.server.stop",
         "Unload a model of a running server. Its prompts stay in the cache, and the next request loads it again.",
     ),
     LazyCommand("demo", "erllama.cli.demo", "Compute a long prompt, and restore it in a new process."),

@@ -19,6 +19,6 @@ for _module in ("starlette", "uvicorn"):
 from erllama.server.application import app  # noqa: E402
 from erllama.server.conduct.keys import ApiKey  # noqa: E402
 from erllama.server.models import ServedModel  # noqa: E402
-from erllama.server.options import ServerOptions  # noqa: E402
+from erllama.server.settings.options import ServerOptions  # noqa: E402
 
 __all__ = ["ApiKey", "ServedModel", "ServerOptions", "app"]

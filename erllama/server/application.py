@@ -29,8 +29,8 @@ from erllama.server.conduct.upgrades import RefuseUpgrades
 from erllama.server.endpoints import Endpoint, error_response, make_routes
 from erllama.server.models import ModelPool, ServedModel
 from erllama.server.openapi import document_endpoint
-from erllama.server.options import ServerOptions
 from erllama.server.replies.openai_errors import ERRORS
+from erllama.server.settings.options import ServerOptions
 from erllama.server.state import Server
 from erllama.server.stored_responses import ResponseStore
 

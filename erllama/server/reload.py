@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from erllama.errors import Error
-from erllama.server.mistakes import ConfigurationError
 from erllama.server.service_manager import report_ready, report_reloading
-from erllama.server.settings import Settings
+from erllama.server.settings.mistakes import ConfigurationError
+from erllama.server.settings.settings import Settings
 from erllama.server.state import Server
 
 log = logging.getLogger("erllama.server.reload")

@@ -20,8 +20,8 @@ import uvicorn
 
 from erllama.server.application import make_app
 from erllama.server.conduct.connections import ConnectionLimits, protocol_class
-from erllama.server.listening import ListenOptions
 from erllama.server.service_manager import report_ready, report_stopping
+from erllama.server.settings.listening import ListenOptions
 from erllama.server.state import Server
 
 log = logging.getLogger("erllama.server")

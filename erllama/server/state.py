@@ -11,8 +11,8 @@ from erllama.server.conduct.prefix_watch import PrefixWatch
 from erllama.server.conduct.rate_limits import RateLimits
 from erllama.server.hit_history import HitHistory
 from erllama.server.models import ModelPool
-from erllama.server.options import ServerOptions
 from erllama.server.pins import ClientPins, ConfiguredPins
+from erllama.server.settings.options import ServerOptions
 from erllama.server.stored_responses import ResponseStore
 
 

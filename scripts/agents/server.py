@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from scripts.agents.server_process import ServerProcess
 
 _CONFIGURATION = """\
 [server]
@@ -35,7 +34,7 @@ _IDLE_SECONDS = 3.0
 _WAIT = 300.0  # seconds until a busy machine has started the server, or written its cache
 
 
-class Server:
+class Server(ServerProcess):
     """A server that listens on loopback. Leaving the `with` block kills it.
 
     Args:
@@ -48,18 +47,8 @@ class Server:
     """
 
     def __init__(self, folder: Path, model: Path, n_ctx: int) -> None:
+        super().__init__()
         self._folder, self._model, self._n_ctx = folder, model, n_ctx
-        self._process: subprocess.Popen[str] | None = None
-        self.url = ""
-
-    def __enter__(self) -> Server:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.kill()
 
     def start(self) -> None:
         """Start the server, on the port of the last time, and wait until it listens."""
@@ -67,15 +56,11 @@ class Server:
         path = self._folder / "erllama.toml"
         path.write_text(_CONFIGURATION.format(port=port, model=self._model, n_ctx=self._n_ctx))
         with (self._folder / "server.log").open("a") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "erllama", "serve", "--config", str(path)],
-                stdout=subprocess.PIPE,
+            line = self._launch(
+                ["-m", "erllama", "serve", "--config", str(path)],
                 stderr=log,
-                text=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                environment={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
         found = re.search(r"http://[\d.]+:\d+", line)
         if found is None:
             sys.exit(f"the server did not start; see {self._folder / 'server.log'}")
@@ -97,13 +82,6 @@ class Server:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=_WAIT) as answer:
             lines = answer.read().decode().splitlines()
         return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
-
-    def kill(self) -> None:
-        """End the server at once, by SIGKILL."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.communicate()
-            self._process = None
 
     def access_lines(self) -> list[Mapping[str, Any]]:
         """Return the lines of the access log that are about replies."""

@@ -21,6 +21,7 @@ from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import BOS, write_llama
 from erllama.testing.scripted import END, write_scripted
 from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, Message, model_replying, user
+from support.examples import examples
 from support.paths import SHARED
 
 SAVE_ALL = {"min_tokens": 1, "cold_min_tokens": 1}
@@ -173,7 +174,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_thinks_calls_a_tool_and_answers(scripted: Path) -> None:
     with erllama.load_model(
-        scripted, cache=erllama.Cache(), policy={"min_tokens": 1, "cold_min_tokens": 1}
+        scripted, cache=erllama.Cache(), policy={"min_tokens": 1, "cold_min_tokens": 1}, n_threads=1
     ) as model:
         messages = [user("Time in Oslo?")]
         for turn in range(10):
@@ -204,7 +205,7 @@ def test_a_model_thinks_calls_a_tool_and_answers(scripted: Path) -> None:
 
 @pytest.mark.parametrize("choice", ["auto", "required", "get_time"])
 def test_grammars_accept_markers_that_are_special_tokens(scripted: Path, choice: str) -> None:
-    with erllama.load_model(scripted, cache=erllama.Cache()) as model:
+    with erllama.load_model(scripted, cache=erllama.Cache(), n_threads=1) as model:
         reply = model.chat([user("Q")], tools=TOOLS, tool_choice=choice, temperature=0.0, max_tokens=100)
         assert [call.arguments for call in reply.tool_calls] == [{"city": "Oslo"}]
         assert reply.raw_tool_calls[0].startswith(b"<tool_call>")
@@ -292,7 +293,7 @@ schemas = st.fixed_dictionaries(
 ).map(lambda properties: {"type": "object", "properties": properties, "required": [*properties], **CLOSED})
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.lists(schemas, min_size=1, max_size=3), st.integers(0, 1000), st.booleans(), st.data())
 def test_a_required_call_is_made_and_valid(
     parameters: list[dict[str, object]], seed: int, parallel: bool, data: st.DataObject
@@ -515,7 +516,7 @@ def test_tokens_of_a_conversation_can_be_completed_and_prefilled() -> None:
 
 
 def test_bos_appears_once(tmp_path: Path) -> None:
-    with erllama.load_model(write_llama(tmp_path / "model.gguf"), cache=erllama.Cache()) as model:
+    with erllama.load_model(write_llama(tmp_path / "model.gguf"), cache=erllama.Cache(), n_threads=1) as model:
         plain = "{{ messages[0].content }}"
         for template in (plain, "{{ bos_token }}" + plain):
             ids = model.apply_chat_template([user("Q")], chat_template=template).tolist()
@@ -635,7 +636,7 @@ def test_tools_are_compiled_only_for_conversations_that_fit(monkeypatch: pytest.
 
     with model_replying("hello") as model:
         with pytest.raises(erllama.PromptTooLong):
-            model.chat([user("Q")], tools=tools(2000))
+            model.chat([user("Q")], tools=tools(300))
         assert compiled == []
         model.chat([user("Q")], tools=tools(2))
         model.chat([user("Q")], tools=tools(2))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import erllama
 from erllama.chat.history import History
 from erllama.engine import Vocabulary
+from support.examples import examples
 from support.paths import SHARED
 from support.scripted_backend import EOG, PieceVocabulary
 
@@ -75,7 +76,7 @@ def ids(*tokens: int) -> NDArray[np.int32]:
 def test_new_text_is_tokenized_as_within_the_whole_text(vocabulary: Vocabulary) -> None:
     n = 0
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=examples(100), deadline=None)
     @given(TEXTS, TEXTS)
     @example("hello</s>", "hello")
     @example("hello<s>", "hello")
@@ -102,7 +103,7 @@ def test_new_text_is_tokenized_as_within_the_whole_text(vocabulary: Vocabulary) 
 
 
 def test_a_text_that_continues_a_context_keeps_its_tokens(vocabulary: Vocabulary) -> None:
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=examples(100), deadline=None)
     @given(TEXTS, TEXTS)
     @example("hello</s>hello", "!")
     @example("hello<|end|>hello", "!")

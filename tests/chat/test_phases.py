@@ -20,6 +20,7 @@ from erllama.engine.output.phase_options import Markers, PhaseOptions
 from erllama.engine.output.phases import PhaseTracker
 from erllama.engine.output.token_codec import TokenCodec
 from erllama.testing.scripted import END, write_scripted
+from support.examples import examples
 from support.recording_backend import first_by_position
 from support.scripted_backend import PieceVocabulary, ScriptedBackend
 
@@ -102,14 +103,14 @@ def cut_texts(draw: st.DrawFn, parts: Sequence[str] = PARTS) -> tuple[str, list[
     return text, tokens
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=examples(375), deadline=None)
 @given(cut_texts())
 def test_phases_do_not_depend_on_token_boundaries(cut: tuple[str, list[int]]) -> None:
     text, tokens = cut
     assert phases_of(tokens) == expected(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(cut_texts())
 def test_only_text_that_may_become_a_marker_is_held_back(cut: tuple[str, list[int]]) -> None:
     tracker = PhaseTracker(OPTIONS, CODEC, np.zeros(0, np.int32))
@@ -134,7 +135,7 @@ def test_a_phase_opened_by_the_prompt_is_recognized() -> None:
     assert phases_of(VOCABULARY.byte_tokens("so"), closed, prompt="<think>") == [("text", "so")]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(st.sampled_from(BARE), st.data())
 def test_a_call_without_markers_is_recognized_by_its_start(text: str, data: st.DataObject) -> None:
     options = PhaseOptions(thinking=OPTIONS.thinking, calls=Markers(("<call>",)), leading=('{"name":', '[{"name":'))
@@ -151,7 +152,7 @@ def test_a_call_without_markers_is_recognized_by_its_start(text: str, data: st.D
 SCRIPTED = "<think>hmé.\n</think> Let go: <call>{7}</call>!"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.sets(st.integers(1, len(SCRIPTED) - 1)))
 def test_phases_on_libllama_do_not_depend_on_token_boundaries(cuts: set[int]) -> None:
     edges = [0, *sorted(cuts), len(SCRIPTED)]
@@ -165,7 +166,7 @@ def test_phases_on_libllama_do_not_depend_on_token_boundaries(cuts: set[int]) ->
         chain = ["<|go|>", *pieces, END]
         words = [piece for piece in pieces if len(piece) > 1]
         path = write_scripted(Path(place) / "model.gguf", dict(pairwise(chain)), words=words, special=["<|go|>"])
-        with erllama.load_model(path, n_ctx=256, cache=erllama.Cache(), warmup=False) as model:
+        with erllama.load_model(path, n_ctx=256, cache=erllama.Cache(), warmup=False, n_threads=1) as model:
             stream = model.stream("<|go|>", temperature=0.0, thinking="enabled", **MARKERS)
             deltas = [event for event in stream if isinstance(event, erllama.ThinkingDelta | erllama.ToolCallDelta)]
             reply = stream.result()
@@ -219,7 +220,7 @@ def test_without_thinking_a_stream_is_plain_text() -> None:
             assert events[-1].completion.text == reply_text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.text("a <\n", max_size=20))
 def test_a_reply_without_markers_is_unchanged(text: str) -> None:
     with model_replying(*VOCABULARY.byte_tokens(text)) as model:
@@ -266,7 +267,7 @@ def expected_reply(text: str, stops: Sequence[str]) -> tuple[str, str, list[byte
         begun = True
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     cut_texts([*PARTS, "END", "E", "\n", "\n\n", " ", "<think> ", "</think>\n\n"]),
     st.lists(st.sampled_from(WHITE_STOPS), max_size=2),

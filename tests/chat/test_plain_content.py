@@ -23,6 +23,7 @@ from erllama.chat.content_masking import (
 )
 from erllama.chat.history import History
 from support.chat.scripted_model import SPECIAL, TOOLS, VOCABULARY, Message, model_replying, user
+from support.examples import examples
 from support.paths import SHARED
 from support.scripted_backend import PieceVocabulary, ScriptedBackend
 
@@ -44,7 +45,7 @@ def neutral(content: str) -> str:
     return re.sub(r"[<>|]", ".", content)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(CONTENT, CONTENT)
 def test_content_produces_no_special_token(asked: str, result: str) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "get_time", "arguments": {"city": "x"}}}
@@ -68,7 +69,7 @@ def test_content_produces_no_special_token(asked: str, result: str) -> None:
             assert ids == model.apply_chat_template(given, tools=TOOLS).tolist()
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(CONTENT, CONTENT)
 def test_a_conversation_has_the_same_tokens_cold_and_cached(asked: str, then: str) -> None:
     with model_replying("hello there") as model:
@@ -216,7 +217,7 @@ OVERLAPPING = st.lists(
 AROUND = st.lists(st.text("]~![b｜<>e ", max_size=6), min_size=2, max_size=4)
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(100))
 @given(OVERLAPPING, AROUND, st.text("]~![b｜<>e", max_size=8), st.data())
 def test_content_beside_overlapping_marks_produces_no_special_token(
     names: list[str], around: list[str], content: str, data: st.DataObject

@@ -27,6 +27,7 @@ from erllama.chat.templates.plain_data import MAX_INPUT_DEPTH
 from erllama.chat.templates.template import CHATML, MAX_MESSAGE, ChatTemplate, render_chat_template
 from erllama.errors import ChatError, OptionError, TemplateError
 from support.chat.templates import ALL, BOMBS, BRACKETS, ESCAPES, LARGE, SHORT, SOURCES, TAGGED, grown
+from support.examples import examples
 from support.paths import SHARED
 from support.subprocesses import must_run
 
@@ -207,7 +208,7 @@ messages_of_any_kind = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(25))
 @given(data=st.data())
 def test_arbitrary_conversations_render_as_in_transformers(
     reference: Callable[..., str], data: st.DataObject

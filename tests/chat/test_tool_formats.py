@@ -402,7 +402,7 @@ def test_formats_are_found_by_name() -> None:
 def test_hostile_texts_are_refused_in_time(format: str) -> None:
     found = get_tool_format(format)
     heads = {text[: text.index(end)] for text in CALL_TEXTS[format] for end in ("get_weather", "Paris")}
-    begun = time.monotonic()
+    begun = time.thread_time()
     for head in heads:
         for part in (
             *HARD,
@@ -422,14 +422,14 @@ def test_hostile_texts_are_refused_in_time(format: str) -> None:
             with pytest.raises(ToolCallError) as error:
                 read_calls(found, head + part * (100_000 // len(part)), TOOLS)
             assert len(str(error.value)) < 300
-    assert time.monotonic() - begun < 10
+    assert time.thread_time() - begun < 10
 
 
 @pytest.mark.parametrize("format", sorted(set(TOOL_FORMATS) - {"json", "llama3"}))
 def test_many_spans_are_read_in_time(format: str) -> None:
-    begun = time.monotonic()
+    begun = time.thread_time()
     assert len(parsed_calls(format, "\n".join(CALL_TEXTS[format][:1] * 2000))) == 2000
-    assert time.monotonic() - begun < 10
+    assert time.thread_time() - begun < 10
 
 
 @pytest.mark.parametrize(

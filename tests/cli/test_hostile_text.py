@@ -218,7 +218,7 @@ def test_the_log_of_libllama_is_printable_for_every_handler(download: Path) -> N
         logging.basicConfig(level=logging.DEBUG)
         import erllama
         try:
-            erllama.load_model(sys.argv[1])
+            erllama.load_model(sys.argv[1], n_threads=1)
         except erllama.ModelLoadError as error:
             assert "EVIL" in str(error)
         """,

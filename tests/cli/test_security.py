@@ -22,7 +22,7 @@ def test_a_model_and_a_cache_touch_no_network_and_run_no_program(tiny_gguf: Path
         import erllama, erllama.metrics
 
         with erllama.Cache(disk=sys.argv[1], pressure=True) as cache:
-            with erllama.load_model(sys.argv[2], cache=cache, n_ctx=512) as model:
+            with erllama.load_model(sys.argv[2], cache=cache, n_ctx=512, n_threads=1) as model:
                 model.complete("hello", max_tokens=4)
                 model.chat([{"role": "user", "content": "hello"}], max_tokens=4)
                 model.complete("x", json_schema={"type": "boolean"}, max_tokens=4)

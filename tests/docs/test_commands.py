@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +89,7 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
 
 
+@cache
 def check_exists(text: str) -> None:
     """Check that a command which is not run here exists."""
     words = [word for word in shlex.split(text, comments=True) if "=" not in word.split("/")[0] or "'" in word]

@@ -14,9 +14,9 @@ from pathlib import Path
 import click
 import pytest
 
-from erllama.cli.serve import serve
+from erllama.cli.server.serve import serve
 from erllama.server import llama_server
-from erllama.server.settings import CommandOptions, read_settings
+from erllama.server.settings.settings import CommandOptions, read_settings
 from support.cli import Command
 from support.paths import ROOT
 

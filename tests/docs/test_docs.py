@@ -186,7 +186,7 @@ def test_the_templates_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.
 def test_the_speculation_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     follows = {"\n": "a", "a": "b", "b": "c", "c": "a"}
-    with erllama.load_model(write_scripted(tmp_path / "small.gguf", follows), n_ctx=256) as model:
+    with erllama.load_model(write_scripted(tmp_path / "small.gguf", follows), n_ctx=256, n_threads=1) as model:
         names: Names = {"model": model, "erllama": erllama, "text": "abc" * 20, "prompt": "abc" * 20}
         run("docs/speculation.md", names)
         names["draft"].unload()

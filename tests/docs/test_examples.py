@@ -20,7 +20,8 @@ from support.doc_pages import SCRIPTS, blocks
 from support.paths import ROOT, TESTS
 
 EXAMPLES = ROOT / "examples"
-ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error"}
+# The examples that are tests need no plugin. Some take seconds to import.
+ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 WITHOUT_LIBLLAMA = "import sys; sys.modules['erllama.llama_ffi'] = None; import runpy; runpy.run_path(sys.argv[1])"
 
 

@@ -168,8 +168,8 @@ def test_the_variable_of_the_service_manager_is_listed() -> None:
 
 
 def test_the_options_of_the_server_have_their_defaults() -> None:
-    from erllama.server.listening import ListenOptions
-    from erllama.server.options import ServerOptions
+    from erllama.server.settings.listening import ListenOptions
+    from erllama.server.settings.options import ServerOptions
 
     options = {**defaults(ServerOptions), **defaults(ListenOptions), "access_log": "stderr", "model_dirs": ()}
     del options["keys"]
@@ -178,7 +178,7 @@ def test_the_options_of_the_server_have_their_defaults() -> None:
 
 
 def test_the_configuration_file_of_the_page_is_valid(tmp_path: Path, tiny_gguf: Path) -> None:
-    from erllama.server.configuration import read_configuration
+    from erllama.server.settings.configuration import read_configuration
     from support.doc_pages import blocks
 
     (block,) = blocks("docs/server/running.md", "toml")

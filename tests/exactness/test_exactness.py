@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama.llama_ffi import LlamaContext
+from support.examples import examples
 from support.recording_backend import RecordingBackend, llama_backend, prompt_of, same_bits, short_of_cells
 from support.subprocesses import must_run
 
@@ -90,7 +91,7 @@ class History:
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(25))
 @given(seeds, st.integers(1, 400), History.steps, sampling, st.booleans())
 def test_reproducible_replies_always_have_the_bits_of_a_cold_run(
     bench: Bench,
@@ -121,7 +122,7 @@ def test_reproducible_replies_always_have_the_bits_of_a_cold_run(
         unload(model)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(25))
 @given(seeds, st.integers(1, 300), st.integers(1, REPLY + 10), sampling)
 def test_a_restarted_reproducible_reply_keeps_its_bits(
     bench: Bench, seed: int, n: int, at: int, options: dict[str, float]
@@ -138,7 +139,7 @@ def test_a_restarted_reproducible_reply_keeps_its_bits(
     assert same_bits(bench.backend.logits, expected_logits)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(25))
 @given(seeds, st.integers(1, 400), sampling)
 def test_an_exact_hit_has_the_bits_of_the_cold_run_by_default(
     bench: Bench, seed: int, n: int, options: dict[str, float]
@@ -156,7 +157,7 @@ def test_an_exact_hit_has_the_bits_of_the_cold_run_by_default(
     assert same_bits(bench.backend.logits, expected_logits)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(25))
 @given(seeds, st.integers(1, 300), st.integers(0, 300), st.integers(0, 120), st.integers(0, 40))
 def test_partial_hits_have_the_bits_of_a_context_kept_in_memory(
     bench: Bench, seed: int, n_shared: int, n_first: int, n_second: int, n_reply: int
@@ -328,7 +329,7 @@ def test_by_default_every_common_token_is_reused(tiny_gguf: Path, tmp_path: Path
     assert other[0] == "cold"
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(25))
 @given(
     st.lists(st.tuples(st.sampled_from([0, 0, 50]), st.integers(1, 120), st.booleans()), min_size=2, max_size=6),
     st.integers(1, 120),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import erllama
 from erllama.testing.models import write_gemma3, write_lfm2, write_mamba
+from support.examples import examples
 from support.recording_backend import RecordingBackend, llama_backend, prompt_of, same_bits, short_of_cells
 
 BLOCK, UBATCH = 32, 64
@@ -61,7 +62,7 @@ def test_the_reply_depends_on_the_first_token(trial: Trial) -> None:
     assert not np.array_equal(*rows)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 400),
@@ -102,7 +103,7 @@ def test_replies_have_the_bits_of_a_cold_run(
         assert counters["restore_errors"] == counters["faults"] == 0
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.integers(0, 2**32 - 1), st.integers(1, 200), st.integers(1, 60))
 def test_a_restarted_reproducible_reply_keeps_its_bits(trial: Trial, seed: int, n: int, at: int) -> None:
     prompt, backend = prompt_of(seed, n), trial.warm_backend
@@ -118,7 +119,7 @@ def test_a_restarted_reproducible_reply_keeps_its_bits(trial: Trial, seed: int, 
     assert same_bits(backend.logits, trial.cold_backend.logits)
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(0, 40))
 def test_a_prompt_of_whole_blocks_is_found_whole(trial: Trial, seed: int, n_blocks: int, n_reply: int) -> None:
     prompt, backend = prompt_of(seed, n_blocks * BLOCK), trial.warm_backend

@@ -21,7 +21,7 @@ from support.recording_backend import RecordingBackend, llama_backend, prompt_of
 from support.resumption import LIKELY, STOP, VOCABULARY, Life, LikelyStub, Record, comparable, events_of
 from support.scripted_backend import START, ScriptedBackend
 
-N = int(os.environ.get("ERLLAMA_RESUMPTIONS", "200"))  # `make stress` runs more
+N = int(os.environ.get("ERLLAMA_RESUMPTIONS", "60"))  # `make stress` runs more
 POLICY = Policy(continued_interval=16)
 
 

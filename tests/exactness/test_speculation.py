@@ -19,8 +19,9 @@ from erllama.engine.backends.stub import EOG, StubBackend
 from erllama.engine.speculation import DecodeCosts, NgramDrafter, Speculator
 from erllama.testing.models import LlamaShape, write_llama
 from erllama.testing.scripted import write_scripted
+from support.examples import examples
 
-N_PROMPTS = int(os.environ.get("ERLLAMA_SPECULATION", "30"))
+N_PROMPTS = int(os.environ.get("ERLLAMA_SPECULATION", "10"))
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ OPTIONS = st.fixed_dictionaries(
 ).filter(lambda options: not ("mirostat" in options and options["temperature"] == 0.0))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(35), deadline=None)
 @given(
     st.text("abc ", min_size=1, max_size=80), OPTIONS, st.lists(st.booleans(), min_size=1, max_size=5), st.data()
 )
@@ -127,7 +128,9 @@ def test_repetitive_text_takes_few_decodes(tmp_path: Path) -> None:
     # A model that counts in letters without end: each token determines the next.
     letters = "abcdefghijklmnop"
     follows = dict(zip(letters, letters[1:] + letters[0], strict=True))
-    with erllama.load_model(write_scripted(tmp_path / "model.gguf", follows), cache=erllama.Cache()) as model:
+    with erllama.load_model(
+        write_scripted(tmp_path / "model.gguf", follows), cache=erllama.Cache(), n_threads=1
+    ) as model:
         plain = model.complete(letters * 2, max_tokens=200, temperature=0.0)
         before = model.metrics.ticks
         reply = model.complete(letters * 2, max_tokens=200, temperature=0.0, speculative="ngram")
@@ -228,8 +231,8 @@ def test_a_failing_drafter_disables_only_speculation(drafter: erllama.Drafter) -
 
 def test_a_second_model_can_draft(random_gguf: Path) -> None:
     with (
-        erllama.load_model(random_gguf, cache=erllama.Cache(), n_ctx=512) as draft,
-        erllama.load_model(random_gguf, cache=erllama.Cache(), n_ctx=512) as model,
+        erllama.load_model(random_gguf, cache=erllama.Cache(), n_ctx=512, n_threads=1) as draft,
+        erllama.load_model(random_gguf, cache=erllama.Cache(), n_ctx=512, n_threads=1) as model,
     ):
         expected = model.complete("hello", max_tokens=40, temperature=0.0)
         reply = model.complete("hello", max_tokens=40, temperature=0.0, speculative=draft)
@@ -262,7 +265,7 @@ def test_memory_that_cannot_be_cut_disables_speculation() -> None:
         assert len(reply.tokens) == len(plain.complete("ababab", max_tokens=30, temperature=0.0).tokens)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(75))
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 6))
 def test_an_ngram_predicts_its_last_continuation(tokens: list[int], n_max: int) -> None:
     ids = np.array(tokens, np.int32)
@@ -331,7 +334,7 @@ def test_invalid_speculation_options_are_refused(options: dict[str, object], mat
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused(random_gguf: Path) -> None:
-    with stub() as model, erllama.load_model(random_gguf, cache=erllama.Cache()) as other:
+    with stub() as model, erllama.load_model(random_gguf, cache=erllama.Cache(), n_threads=1) as other:
         with pytest.raises(erllama.OptionError, match="another vocabulary"):
             other.complete("Q", speculative=model)
         with pytest.raises(erllama.OptionError, match="the model itself"):

@@ -47,7 +47,7 @@ from support.paths import ROOT
 from support.recording_backend import llama_backend
 
 GUIDE = ROOT / "docs" / "test-harness.md"
-EXAMPLES = int(os.environ.get("ERLLAMA_HARNESS_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("ERLLAMA_HARNESS_EXAMPLES", "12"))
 # Without shrinking: a failure depends on files and threads, and repeating it takes long.
 MACHINE = settings(max_examples=EXAMPLES, stateful_step_count=30, phases=[Phase.generate])
 

@@ -252,7 +252,7 @@ class Slow:
 
     def embed(self, texts: Sequence[NDArray[np.int32]], pooling: str) -> list[NDArray[np.float32]]:
         self.began.release()
-        assert self.go.acquire(timeout=30)
+        assert self.go.acquire(timeout=120)
         if self.aborted:
             raise erllama.BackendError("aborted")
         self.done.append(bytes(texts[0].astype(np.uint8)).decode())
@@ -283,14 +283,14 @@ def test_embedding_calls_alternate_one_decode_at_a_time() -> None:
     with erllama.load_backend(backend) as model:
         first = threading.Thread(target=model.embed, args=(["aaaa", "bbbb", "cccc"],))
         first.start()
-        assert backend.slow.began.acquire(timeout=30)
+        assert backend.slow.began.acquire(timeout=120)
         second = threading.Thread(target=model.embed, args=(["xxxx", "yyyy"],))
         second.start()
         while not model._embeddings._decode_lock.n_waiting:
             time.sleep(0.001)
         backend.slow.go.release(100)
-        first.join(30)
-        second.join(30)
+        first.join(120)
+        second.join(120)
         assert backend.slow.done[:3] == ["aaaa", "xxxx", "bbbb"]
         assert sorted(backend.slow.done) == ["aaaa", "bbbb", "cccc", "xxxx", "yyyy"]
     assert backend.slow.closed
@@ -309,9 +309,9 @@ def test_unloading_ends_running_embedding_calls() -> None:
 
     thread = threading.Thread(target=embed)
     thread.start()
-    assert backend.slow.began.acquire(timeout=30)
+    assert backend.slow.began.acquire(timeout=120)
     model.unload()
-    thread.join(30)
+    thread.join(120)
     assert [type(error) for error in caught] == [erllama.ModelUnloaded]
     assert backend.slow.closed
 
@@ -351,7 +351,7 @@ def test_a_model_can_be_unloaded_while_libllama_embeds(tiny_gguf: Path) -> None:
     time.sleep(0.1)
     model.unload()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     assert [type(error) for error in caught] == [erllama.ModelUnloaded] * 3
 
 

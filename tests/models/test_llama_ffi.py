@@ -19,6 +19,7 @@ from erllama import llama_ffi
 from erllama.llama_ffi import LlamaContext, LlamaError, LlamaModel
 from erllama.llama_ffi.samplers import LlamaSampler
 from erllama.testing.models import FIRST_BYTE, TINY, write_llama
+from support.examples import examples
 from support.paths import SHARED
 from support.subprocesses import must_run
 from support.threads import in_threads
@@ -383,7 +384,7 @@ widths = st.integers(1, 100) | st.sampled_from([127, 128, 129, 255, 257, 1000, 4
     st.sampled_from([1, 2, 31, 40, 4099]),
     st.integers(0, 99),
 )
-@settings(max_examples=400)
+@settings(max_examples=examples(100))
 def test_the_largest_numbers_are_those_of_numpy(
     selecting: LlamaContext, kind: str, n: int, width: int, k: int, seed: int
 ) -> None:

@@ -330,7 +330,7 @@ def _batch(first: int, last: int, place: Path) -> str:
 
 def test_no_mutant_ends_the_process(tmp_path: Path) -> None:
     """Mutants of types, shapes, hyperparameters and architectures: each is refused or computes."""
-    n = int(os.environ.get("ERLLAMA_FUZZ_N", "60"))
+    n = int(os.environ.get("ERLLAMA_FUZZ_N", "30"))
     first = int(os.environ.get("ERLLAMA_FUZZ_FIRST", "0"))
     _bases(tmp_path, _FEW if n < 1000 else list(MODEL_ARCH_NAMES.values()))
     deaths = [

@@ -54,7 +54,7 @@ def server(model: erllama.Model) -> Iterator[RunningServer]:
 
 @pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in NAMES)])
 def test_every_file_has_a_strict_policy_and_a_type(server: RunningServer, path: str) -> None:
-    answer = httpx.get(server.url + path)
+    answer = httpx.get(server.url + path, timeout=120)
     assert answer.status_code == 200
     policy = dict(each.strip().split(" ", 1) for each in answer.headers["content-security-policy"].split(";"))
     assert policy == POLICY
@@ -68,24 +68,26 @@ def test_every_file_has_a_strict_policy_and_a_type(server: RunningServer, path: 
 
 
 def test_a_browser_keeps_the_files_and_asks_whether_they_changed(server: RunningServer) -> None:
-    first = httpx.get(f"{server.url}/page/main.js")
+    first = httpx.get(f"{server.url}/page/main.js", timeout=120)
     assert first.headers["cache-control"] == "no-cache"
     etag = first.headers["etag"]
-    again = httpx.get(f"{server.url}/page/main.js", headers={"if-none-match": f'W/"x", {etag}'})
+    again = httpx.get(f"{server.url}/page/main.js", headers={"if-none-match": f'W/"x", {etag}'}, timeout=120)
     assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
     assert "content-security-policy" in again.headers
-    other = httpx.get(f"{server.url}/page/main.js", headers={"if-none-match": '"other"'})
+    other = httpx.get(f"{server.url}/page/main.js", headers={"if-none-match": '"other"'}, timeout=120)
     assert (other.status_code, other.content) == (200, first.content)
-    assert len({httpx.get(f"{server.url}/page/{name}").headers["etag"] for name in NAMES}) == len(NAMES)
+    assert len({httpx.get(f"{server.url}/page/{name}", timeout=120).headers["etag"] for name in NAMES}) == len(
+        NAMES
+    )
 
 
 # --- access ----------------------------------------------------------------------------------------
 
 
 def test_the_files_need_no_key_and_the_api_does(server: RunningServer) -> None:
-    assert httpx.get(server.url + "/").status_code == 200
-    assert httpx.get(server.url + "/v1/models").status_code == 401
-    assert httpx.get(server.url + "/erllama/status").status_code == 401
+    assert httpx.get(server.url + "/", timeout=120).status_code == 200
+    assert httpx.get(server.url + "/v1/models", timeout=120).status_code == 401
+    assert httpx.get(server.url + "/erllama/status", timeout=120).status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -100,8 +102,11 @@ def test_no_other_file_can_be_read(server: RunningServer, name: str) -> None:
 
 
 def test_a_page_under_a_foreign_name_gets_no_file(server: RunningServer) -> None:
-    assert httpx.get(server.url + "/", headers={"host": "evil.example"}).status_code == 421
-    assert httpx.get(server.url + "/page/main.js", headers={"origin": "http://evil.example"}).status_code == 403
+    assert httpx.get(server.url + "/", headers={"host": "evil.example"}, timeout=120).status_code == 421
+    assert (
+        httpx.get(server.url + "/page/main.js", headers={"origin": "http://evil.example"}, timeout=120).status_code
+        == 403
+    )
 
 
 def test_the_heartbeat_of_ollama_stays(server: RunningServer) -> None:
@@ -112,19 +117,22 @@ def test_the_heartbeat_of_ollama_stays(server: RunningServer) -> None:
 
 def test_without_the_page_only_the_status_remains(model: erllama.Model) -> None:
     with running(model, page=False) as server:
-        refused = httpx.get(server.url + "/")
+        refused = httpx.get(server.url + "/", timeout=120)
         assert refused.status_code == 405
         assert refused.json()["error"]["code"] == "method_not_allowed"
         assert httpx.head(server.url + "/").status_code == 200
-        assert httpx.get(server.url + "/page/main.js").status_code == 404
-        assert httpx.get(server.url + "/erllama/status").status_code == 200
+        assert httpx.get(server.url + "/page/main.js", timeout=120).status_code == 404
+        assert httpx.get(server.url + "/erllama/status", timeout=120).status_code == 200
 
 
 def test_the_command_serves_the_page_unless_told_otherwise(tmp_path: Path) -> None:
     path = write_replying_model(tmp_path / "model.gguf", "Hi you")
     for arguments, statuses in (((), (200, 200)), (("--no-page",), (405, 404))):
         with serve_command(tmp_path, path, "--threads", 1, "--n-ctx", 512, "--in-process", *arguments) as server:
-            assert tuple(httpx.get(server.url + each).status_code for each in ("/", "/page/main.js")) == statuses
+            assert (
+                tuple(httpx.get(server.url + each, timeout=120).status_code for each in ("/", "/page/main.js"))
+                == statuses
+            )
 
 
 def test_the_option_is_true_or_false() -> None:

@@ -38,7 +38,7 @@ def model(tmp_path: Path) -> Iterator[erllama.Model]:
 
 def status(server: RunningServer, key: str = "") -> dict[str, Any]:
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    answer = httpx.get(f"{server.url}/erllama/status", headers=headers)
+    answer = httpx.get(f"{server.url}/erllama/status", headers=headers, timeout=120)
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
     return found

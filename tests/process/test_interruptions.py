@@ -55,10 +55,10 @@ def test_a_raising_log_handler_does_not_end_the_writer(error: type[BaseException
 
     with failing_handler(error) as seen, erllama.Cache(ram=0, disk=tmp_path) as cache:
         cache._queue.defer(fail)
-        assert cache.flush(30)
+        assert cache.flush(120)
         with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
             model.complete([7] * 600, max_tokens=1)
-        assert cache.flush(30)
+        assert cache.flush(120)
         assert cache.counters()["blocks_disk"] > 0
     assert seen
 
@@ -76,9 +76,9 @@ def test_a_raising_log_handler_does_not_end_the_model(error: type[BaseException]
     backend = Failing(eog_bias=-100)
     with failing_handler(error) as seen, erllama.load_backend(backend) as model:
         with pytest.raises(erllama.BackendError, match="injected"):
-            model.complete("x", max_tokens=3, timeout=30)
+            model.complete("x", max_tokens=3, timeout=120)
         backend.fails = False
-        assert len(model.complete("x", max_tokens=3, timeout=30).tokens) == 3
+        assert len(model.complete("x", max_tokens=3, timeout=120).tokens) == 3
     assert seen
 
 
@@ -112,7 +112,7 @@ def test_a_raising_sampler_step_ends_only_its_request(error: type[BaseException]
         others = [model.stream([5, i], max_tokens=200) for i in range(2)]
         next(others[0])
         with pytest.raises(erllama.SamplingError, match="not mine to end"):
-            model.complete("x", samplers=[failing], timeout=30)
+            model.complete("x", samplers=[failing], timeout=120)
         assert [len(other.result().tokens) for other in others] == [200, 200]
 
 
@@ -131,11 +131,11 @@ def test_a_raising_backend_ends_only_its_requests_and_blocks_none(error: type[Ba
         setattr(backend, method, failing)
         for prompt in ([1] * 100, [1] * 50 + [2] * 50, [3] * 100):
             try:
-                model.complete(prompt, max_tokens=5, timeout=30)
+                model.complete(prompt, max_tokens=5, timeout=120)
             except erllama.BackendError as failed:
                 assert "a backend must not" in str(failed)  # noqa: PT017 - some methods are guarded by the cache's part
         model.evict()
-        assert len(model.complete([1] * 100, max_tokens=5, timeout=30).tokens) == 5
+        assert len(model.complete([1] * 100, max_tokens=5, timeout=120).tokens) == 5
 
 
 @pytest.mark.parametrize("error", ENDINGS)

@@ -138,7 +138,7 @@ def test_a_handler_can_unload_a_model_at_any_step() -> None:
 
         with handling(step, ("erllama.engine", "threading"), unload):
             try:
-                model.complete([5] * 10, max_tokens=4000, timeout=1)
+                model.complete([5] * 10, max_tokens=4000, timeout=120)
             except erllama.ModelUnloaded:
                 ended.append("unloaded")
             except erllama.DeadlineExceeded:

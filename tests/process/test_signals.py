@@ -23,7 +23,7 @@ from support.storage.blocks import SIZE, save
 from support.storage.processes import bytes_in, killed_at_end, start_python
 from support.threads import wait_until
 
-SIGNALS = int(os.environ.get("ERLLAMA_SIGNALS", "300"))
+SIGNALS = int(os.environ.get("ERLLAMA_SIGNALS", "120"))
 QUOTA, RAM = 300_000, 100_000
 
 INTERRUPTED = f"""

@@ -208,7 +208,7 @@ _SIGNAL_DURING = """
             if name == self.name:
                 self.name = None
                 os.kill(os.getpid(), signal.SIGUSR1)
-                assert began.wait(30)
+                assert began.wait(120)
                 time.sleep(0.1)
 
     sys.meta_path.insert(0, Sender())

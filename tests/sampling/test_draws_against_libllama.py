@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from erllama.engine.sampling.candidates import Candidates
 from erllama.engine.sampling.draws import Categorical, Greedy, Mirostat
 from erllama.llama_ffi.samplers import LlamaSampler
+from support.examples import examples
 from support.libllama_samplers import (
     CLOSE,
     N_VOCAB,
@@ -97,7 +98,7 @@ def test_mirostat_matches_libllama(version: int) -> None:
         st.floats(0, 1, width=32),
         st.integers(0, 2**32 - 2),
     )
-    @settings(max_examples=200)
+    @settings(max_examples=examples(50))
     def check(given_rows: list[Row], tau: float, eta: float, seed: int) -> None:
         ours, mu, replayed = Mirostat(version, tau, eta, N_VOCAB), 2 * tau, ReplayedRandom()
         numbers = (N_VOCAB, seed, tau, eta, 100) if version == 1 else (seed, tau, eta)

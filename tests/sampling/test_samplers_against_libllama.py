@@ -24,6 +24,7 @@ from erllama.engine.sampling.steps import (
 from erllama.llama_ffi import LlamaModel, Vocabulary
 from erllama.llama_ffi.samplers import LlamaSampler
 from erllama.testing.models import FIRST_BYTE, SPACE, TINY, write_llama
+from support.examples import examples
 from support.libllama_samplers import (
     N_VOCAB,
     STEPS,
@@ -57,7 +58,7 @@ NO_HISTORY = [name for name in STEPS if name != "penalties"]
 @pytest.mark.parametrize("name", NO_HISTORY)
 def test_each_sampler_step_matches_libllama(name: str) -> None:
     @given(STEPS[name], rows())
-    @settings(max_examples=250)
+    @settings(max_examples=examples(60))
     def check(pair: Pair, row: Row) -> None:
         assume(pair.defined(row))
         compare(pair, row, *both(pair, row))
@@ -66,7 +67,7 @@ def test_each_sampler_step_matches_libllama(name: str) -> None:
 
 
 @given(rows(most=300), st.integers(0, 299), st.sampled_from([0.9995, 1.0005]), few)
-@settings(max_examples=300)
+@settings(max_examples=examples(75))
 def test_a_threshold_next_to_a_candidate_decides_as_in_libllama(row: Row, at: int, beside: float, k: int) -> None:
     falling = row.falling
     falling = falling[np.isfinite(falling)]
@@ -147,7 +148,7 @@ def test_biases_are_added_as_in_libllama(row: Row, biases: dict[int, float]) -> 
 
 
 @given(STEPS["penalties"], rows(), contexts)
-@settings(max_examples=400)
+@settings(max_examples=examples(100))
 def test_penalties_match_libllama(pair: Pair, row: Row, context: NDArray[np.int32]) -> None:
     compare(pair, row, *both(pair, row, context))
 
@@ -206,7 +207,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vocabulary]
 
 
 @given(st.data())
-@settings(max_examples=800)
+@settings(max_examples=examples(200))
 def test_chains_in_any_order_match_libllama(vocabulary: Vocabulary, data: st.DataObject) -> None:
     steps = {**STEPS, "dry": dries(vocabulary, [[], ["\x01\x02", "\x03"]])}
     names = data.draw(st.lists(st.sampled_from(sorted(steps)), min_size=2, max_size=6, unique=True))
@@ -256,7 +257,7 @@ letters = st.sampled_from([A, A, B, B, C, NEWLINE, SPACE, FIRST_BYTE + ord(" "),
 
 
 @given(st.data(), st.lists(letters | st.sampled_from([A, B]), max_size=80), rows(most=320))
-@settings(max_examples=600)
+@settings(max_examples=examples(150))
 def test_dry_matches_libllama(vocabulary: Vocabulary, data: st.DataObject, context: list[int], row: Row) -> None:
     if data.draw(st.booleans()):
         row = Row(np.arange(320, dtype=np.int32), np.zeros(320, np.float32))
@@ -312,7 +313,7 @@ def test_dry_with_a_real_vocabulary_matches_libllama(name: str) -> None:
         ids = np.unique(np.concatenate([vocabulary.tokenize(part, parse_special=True) for part in parts]))
 
         @given(st.data(), st.lists(st.sampled_from(parts), max_size=20))
-        @settings(max_examples=15)
+        @settings(max_examples=examples(15))
         def check(data: st.DataObject, words: list[str]) -> None:
             context = vocabulary.tokenize("".join(words), parse_special=True)
             tokens = np.union1d(ids, context).astype(np.int32)

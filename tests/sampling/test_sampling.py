@@ -17,6 +17,7 @@ from erllama.engine.backends.stub import StubBackend
 from erllama.engine.sampling.candidates import order, top_k
 from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.sampler import Sampler, SamplerFactory
+from support.examples import examples
 from support.recording_backend import LetterVocabulary
 
 rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=300).map(lambda r: np.array(r, np.float32))
@@ -284,7 +285,7 @@ def test_a_failing_custom_step_fails_only_its_request(
     st.integers(1, 30),
     st.sampled_from([{}, {"mirostat": 1}, {"mirostat": 2}, {"xtc_probability": 0.5}, {"top_k": 0, "min_p": 0.0}]),
 )
-@settings(max_examples=30)
+@settings(max_examples=examples(25))
 def test_draws_continue_from_the_state_of_another_reply(
     seed: int, n: int, more: int, options: dict[str, object]
 ) -> None:

@@ -24,6 +24,7 @@ from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.rows import draw_positions
 from erllama.engine.sampling.sampler import Sampler, SamplerFactory
 from erllama.engine.sampling.steps import MinP, Temperature, TopP
+from support.examples import examples
 from support.recording_backend import LetterVocabulary, llama_backend
 
 Logits = NDArray[np.float32]
@@ -167,7 +168,7 @@ def alone(
     st.integers(0, 2**32),
     st.sampled_from([0.0, 0.0, 0.3, 1.0]),
 )
-@settings(max_examples=400)
+@settings(max_examples=examples(100))
 def test_rows_together_get_what_each_row_gets_alone(
     n_vocab: int, rows: list[tuple[dict[str, object], str]], seed: int, masked: float
 ) -> None:
@@ -182,7 +183,7 @@ def test_rows_together_get_what_each_row_gets_alone(
     st.integers(0, 2**32),
     st.sampled_from([0.0, 0.3]),
 )
-@settings(max_examples=200)
+@settings(max_examples=examples(50))
 def test_a_few_rows_get_what_each_row_gets_alone(
     n_vocab: int, rows: list[tuple[dict[str, object], str]], seed: int, masked: float
 ) -> None:
@@ -200,7 +201,7 @@ def test_a_few_rows_get_what_each_row_gets_alone(
     st.integers(0, 2**32),
     st.sampled_from([2, 100]),
 )
-@settings(max_examples=100)
+@settings(max_examples=examples(25))
 def test_many_draws_together_equal_those_of_rows_alone(
     options: list[dict[str, object]], kind: str, seed: int, min_rows: int
 ) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from erllama.server.mistakes import ConfigurationError
-from erllama.server.settings import CommandOptions, read_settings
-from erllama.server.toml_lines import toml_lines
+from erllama.server.settings.mistakes import ConfigurationError
+from erllama.server.settings.settings import CommandOptions, read_settings
+from erllama.server.settings.toml_lines import toml_lines
 from support.cli import Command
 
 # In each file, "#! text" at the end of a line says that the line has a mistake whose message has this text.

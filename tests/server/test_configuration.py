@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from erllama.server.configuration import Configuration, read_configuration
-from erllama.server.listening import ListenOptions
-from erllama.server.options import ServerOptions
+from erllama.server.settings.configuration import Configuration, read_configuration
+from erllama.server.settings.listening import ListenOptions
+from erllama.server.settings.options import ServerOptions
 
 
 def read_any(tmp_path: Path, text: str, environment: Mapping[str, str] | None = None) -> Configuration:

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 import erllama
 from erllama.server import ApiKey, ServedModel
 from erllama.server.application import make_app, make_server
-from erllama.server.options import ServerOptions
+from erllama.server.settings.options import ServerOptions
 from support.llama_server import client_of, post, refused
 
 

@@ -9,7 +9,7 @@ import httpx
 import psutil
 import pytest
 
-from erllama.cli.memory_cache import memory_cache
+from erllama.cli.server.memory_cache import memory_cache
 from support.http_server import CHAT, chat_body, serve_command
 from support.subprocesses import run_python
 
@@ -27,7 +27,7 @@ def test_directories_of_killed_servers_alone_are_removed(tmp_path: Path) -> None
         """
         import os, sys
         from pathlib import Path
-        from erllama.cli.memory_cache import memory_cache
+        from erllama.cli.server.memory_cache import memory_cache
 
         with memory_cache({}, Path(sys.argv[1])):
             os.kill(os.getpid(), 9)

@@ -372,7 +372,7 @@ def test_a_key_sees_only_its_models() -> None:
     try:
         with running_server(models, keys=keys) as server:
             assert httpx.head(server.url).status_code == 200
-            assert httpx.get(f"{server.url}/api/tags").json()["error"].startswith("a key is needed")
+            assert httpx.get(f"{server.url}/api/tags", timeout=120).json()["error"].startswith("a key is needed")
             client = ollama.Client(server.url, headers={"authorization": "Bearer k"})
             assert [each.model for each in client.list().models] == [models[1].id]
             with pytest.raises(ollama.ResponseError) as refused:

@@ -14,6 +14,7 @@ import erllama
 import erllama.server
 from erllama.errors import ChatError
 from support.chat.tool_calls import TEMPLATES, WEATHER, needs_templates
+from support.examples import examples
 from support.openai_server import Json, record_prompts
 from support.scripted_backend import PieceVocabulary, ScriptedBackend
 
@@ -104,7 +105,7 @@ def test_the_prompt_is_the_models_own_rendering(name: str, monkeypatch: pytest.M
     with erllama.load_backend(backend, cache=erllama.Cache()) as model:
         with TestClient(erllama.server.app(model), base_url="http://localhost") as client:
 
-            @settings(max_examples=12)
+            @settings(max_examples=examples(12))
             @given(messages=conversations(), tools=tools())
             def check(messages: list[Json], tools: list[Json] | None) -> None:
                 nonlocal rendered

@@ -20,7 +20,7 @@ import erllama
 from erllama.engine.backends.stub import StubBackend
 from erllama.server.application import make_server
 from erllama.server.reload import Reloader
-from erllama.server.settings import CommandOptions, read_settings
+from erllama.server.settings.settings import CommandOptions, read_settings
 from support.cli import write_replying_model
 from support.http_server import CHAT, JSON, ServeCommand, chat_body, read_until, request_bytes, serve_command
 from support.pseudo_terminal import PseudoTerminal

@@ -15,7 +15,7 @@ from erllama.server import ApiKey, ServedModel
 from erllama.server.conduct.errors import ApiError
 from erllama.server.conduct.hosts import HostCheck
 from erllama.server.conduct.rate_limits import RateLimits
-from erllama.server.listening import ListenOptions
+from erllama.server.settings.listening import ListenOptions
 from support.engine_models import GatedBackend
 from support.http_server import CHAT, RunningServer, chat_body, read_until, request_bytes, running
 from support.threads import wait_until
@@ -31,7 +31,7 @@ def model() -> Iterator[erllama.Model]:
 
 @pytest.fixture(scope="module")
 def plain(model: erllama.Model) -> Iterator[RunningServer]:
-    with running(model, max_body_bytes=20000, body_timeout=0.5) as server:
+    with running(model, max_body_bytes=20000) as server:
         yield server
 
 
@@ -96,7 +96,7 @@ def test_a_key_uses_its_models_alone(model: erllama.Model) -> None:
 
             assert status("second", "one") == status("second", "all") == status("stub", "all") == 200
             assert status("stub", "one") == 403
-            assert httpx.get(f"{server.url}/metrics", headers={"x-api-key": "one"}).status_code == 403
+            assert httpx.get(f"{server.url}/metrics", headers={"x-api-key": "one"}, timeout=120).status_code == 403
 
 
 def test_a_name_for_all_others_shows_no_model_that_a_key_may_not_use(model: erllama.Model) -> None:
@@ -177,7 +177,9 @@ def test_a_refused_host_is_an_error_in_the_form_of_the_api(model: erllama.Model)
     with running(model) as server:
 
         def ask(path: str, **headers: str) -> httpx.Response:
-            return httpx.post(f"{server.url}{path}", json={}, headers={"host": "evil.example", **headers})
+            return httpx.post(
+                f"{server.url}{path}", json={}, headers={"host": "evil.example", **headers}, timeout=120
+            )
 
         openai, ollama = ask("/v1/chat/completions"), ask("/api/chat")
         anthropic = ask("/v1/messages", **{"anthropic-version": "2023-06-01"})
@@ -285,12 +287,13 @@ def test_a_body_without_a_length_is_limited_as_it_arrives(plain: RunningServer) 
     client.close()
 
 
-def test_a_body_that_does_not_arrive_is_a_timeout(plain: RunningServer) -> None:
-    client = plain.connect()
-    client.sendall(request_bytes(chat_body())[:-3])
-    answer = read_until(client, b"send it faster")
-    assert b" 408 " in answer
-    client.close()
+def test_a_body_that_does_not_arrive_is_a_timeout(model: erllama.Model) -> None:
+    with running(model, body_timeout=0.1) as server:
+        client = server.connect()
+        client.sendall(request_bytes(chat_body())[:-3])
+        answer = read_until(client, b"send it faster")
+        assert b" 408 " in answer
+        client.close()
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/comp", b"GET / HTTP/1.1\r\nhost: localhost\r\nx: "])
@@ -303,7 +306,7 @@ def test_headers_that_do_not_arrive_end_the_connection(model: erllama.Model, sen
 
 
 def test_headers_of_a_second_request_are_limited_too(model: erllama.Model) -> None:
-    with running(model, listen={"header_timeout": 0.2}) as server:
+    with running(model, listen={"header_timeout": 1.0}) as server:
         client = server.send(chat_body(max_tokens=1))
         read_until(client, b'"timings"')
         client.sendall(b"GET /v1/mod")
@@ -330,8 +333,8 @@ def test_an_idle_connection_is_closed(model: erllama.Model) -> None:
 
 
 def test_an_unknown_path_or_method_is_an_error_of_the_api(plain: RunningServer) -> None:
-    missing = httpx.get(plain.url + "/v1/nothing")
-    wrong = httpx.get(plain.url + CHAT)
+    missing = httpx.get(plain.url + "/v1/nothing", timeout=120)
+    wrong = httpx.get(plain.url + CHAT, timeout=120)
     assert (missing.status_code, wrong.status_code) == (404, 405)
     assert "/v1/nothing" in missing.json()["error"]["message"]
 

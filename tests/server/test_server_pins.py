@@ -21,10 +21,10 @@ from erllama.engine.backends.stub import StubBackend
 from erllama.errors import OptionError, PinQuotaExceeded
 from erllama.server import ApiKey, ServedModel
 from erllama.server.conduct.rate_limits import RateLimits
-from erllama.server.configuration import read_configuration
 from erllama.server.models import ModelPool
 from erllama.server.pins import ClientPins, ConfiguredPins, PinEntry, PinOrder, pin_entries
-from erllama.server.settings import CommandOptions, read_settings
+from erllama.server.settings.configuration import read_configuration
+from erllama.server.settings.settings import CommandOptions, read_settings
 from support.anthropic_clients import THINKING_TEMPLATE, TOOLS, client_of
 from support.chat.scripted_model import model_replying, user
 from support.cli import write_replying_model

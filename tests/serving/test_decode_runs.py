@@ -226,7 +226,7 @@ def test_a_closed_event_loop_is_not_kept() -> None:
         stream = model.astream([5], max_tokens=None)
         await anext(stream)
         with suppress(TimeoutError):
-            await asyncio.wait_for(stream._waiter.wait(), 10)
+            await asyncio.wait_for(stream._waiter.wait(), 120)
         return stream
 
     with load_stub(StubBackend(n_ctx=1 << 14, eog_bias=-100)) as model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import erllama
-from erllama.cache import Cache
+from erllama.cache import Block, Cache
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.scheduling.batches import prefill_budget
 from erllama.engine.scheduling.cells import Cells
@@ -26,12 +27,14 @@ from support.engine_models import (
     load_stub,
     random_prompt,
 )
+from support.examples import examples
+from support.faulty.tiers import SmallTier
 from support.recording_backend import RecordingBackend, llama_backend
 
 # --- the same reply, alone or among others --------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.integers(0, 1000), st.booleans(), st.sampled_from([600, 1024, 8192]))
 def test_seeded_replies_are_the_same_alone_and_among_others(seed: int, can_trim: bool, n_ctx: int) -> None:
     dice = np.random.default_rng(seed)
@@ -111,7 +114,7 @@ def test_followers_continue_when_their_leader_ends() -> None:
     with load_stub(backend, n_seq_max=4) as model:
         backend.hold()
         leader = model.stream(np.concatenate([prefix, [1]]), max_tokens=4)
-        assert backend.at_decode.wait(30)
+        assert backend.at_decode.wait(120)
         followers = [model.stream(np.concatenate([prefix, [2, i]]), max_tokens=4, seed=1) for i in range(3)]
         backend.step()
         backend.step()
@@ -151,7 +154,7 @@ def test_parked_cells_stay_within_their_limit_while_others_compute() -> None:
         backend.hold()
         stream = model.stream(random_prompt(99, 10), max_tokens=3)
         backend.at_decode.clear()
-        assert backend.at_decode.wait(30)
+        assert backend.at_decode.wait(120)
         assert backend.cells_used <= 100 + 10
         backend.release()
         stream.result()
@@ -348,7 +351,7 @@ def cell_steps(draw: st.DrawFn) -> list[tuple[str, int, int, int]]:
     return draw(st.lists(step, max_size=40))
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(75))
 @given(cell_steps())
 def test_cell_counts_match_a_cell_by_cell_model(steps: list[tuple[str, int, int, int]]) -> None:
     cells = Cells(10_000)
@@ -374,3 +377,30 @@ def test_cell_counts_match_a_cell_by_cell_model(steps: list[tuple[str, int, int,
             inside = set().union(*(held[number] for number in group))
             outside = set().union(*(held[number] for number in range(5) if number not in group))
             assert cells.exclusive(group) == len(inside - outside)
+
+
+class Stuck(SmallTier):
+    """Writes no block before it is released."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.go_on = threading.Event()
+
+    def write(self, block: Block, payload: memoryview) -> None:
+        assert self.go_on.wait(120)
+        super().write(block, payload)
+
+
+def test_kv_that_waits_to_be_written_is_found_in_ram_by_a_new_model(tmp_path: Path) -> None:
+    prompt, tier = random_prompt(0, 4 * SIZE), Stuck(str(tmp_path))
+    with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
+        try:
+            with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
+                assert model.complete(prompt, max_tokens=1).cache.tier is None
+            with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
+                assert model.complete(prompt, max_tokens=1).cache.tier == "ram"
+        finally:
+            tier.go_on.set()
+        assert cache.flush()
+        with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
+            assert model.complete(prompt, max_tokens=1).cache.tier == "remote"

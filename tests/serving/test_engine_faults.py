@@ -211,7 +211,7 @@ def test_the_queue_is_bounded() -> None:
     with load_stub(backend, n_seq_max=1, max_pending=2) as model:
         backend.hold()
         first = model.stream([1], max_tokens=1)
-        assert backend.at_decode.wait(30)
+        assert backend.at_decode.wait(120)
         waiting = [model.stream([2], max_tokens=1) for _ in range(2)]
         with pytest.raises(erllama.QueueFull, match="max_pending=2"):
             model.complete([3])
@@ -228,7 +228,7 @@ def test_a_session_refused_by_the_queue_is_not_busy() -> None:
     with load_stub(backend, n_seq_max=1, max_pending=1) as model:
         backend.hold()
         first = model.stream([1], max_tokens=1)
-        assert backend.at_decode.wait(30)
+        assert backend.at_decode.wait(120)
         second = model.stream([1], max_tokens=1)
         with pytest.raises(erllama.QueueFull):
             model.stream([3], session_id="ann")
@@ -417,7 +417,7 @@ def test_a_failing_backend_does_not_hide_that_others_were_cancelled() -> None:
         backend.hold()
         backend.at_decode.clear()
         late = model.stream([5], max_tokens=None, timeout=1)
-        assert backend.at_decode.wait(30)
+        assert backend.at_decode.wait(120)
         waiting = model.stream([6], max_tokens=50)
         wait_until(lambda: model.pending == 1)
         deadline = late._ticket.deadline

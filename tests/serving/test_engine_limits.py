@@ -45,11 +45,11 @@ def test_wrong_model_options_raise_typed_errors(options: dict[str, object], word
 @pytest.mark.parametrize("n", [0, 256, 10**6])
 def test_n_seq_max_is_limited_to_the_sequences_of_libllama(tiny_gguf: Path, n: int) -> None:
     with pytest.raises(erllama.OptionError, match="n_seq_max"):
-        erllama.load_model(tiny_gguf, n_seq_max=n)
+        erllama.load_model(tiny_gguf, n_seq_max=n, n_threads=1)
 
 
 def test_the_largest_n_seq_max_of_libllama_works(tiny_gguf: Path) -> None:
-    with erllama.load_model(tiny_gguf, n_seq_max=255, n_ctx=2048) as model:
+    with erllama.load_model(tiny_gguf, n_seq_max=255, n_ctx=2048, n_threads=1) as model:
         streams = [model.stream([i % 200 + 3, 5], max_tokens=2, temperature=0) for i in range(255)]
         assert all(len(stream.result().context_tokens) >= 2 for stream in streams)
 
@@ -93,7 +93,7 @@ def test_properties_do_not_wait_for_a_decode() -> None:
         backend.hold()
         backend.at_decode.clear()
         stream = model.stream(random_prompt(1, 100), max_tokens=5)
-        assert backend.at_decode.wait(30)
+        assert backend.at_decode.wait(120)
         assert model.phase == "prefilling"
         assert (model.pending, model.queue_depth, erllama.queue_depth()) == (0, 1, 1)
         assert model.last_cache_hit == erllama.CacheHit("exact", "live", 99)
@@ -219,7 +219,10 @@ def test_loading_decodes_once_and_leaves_no_trace(tiny_gguf: Path, monkeypatch: 
     replies = []
     for warmup in (True, False):
         threads.clear()
-        with Cache() as cache, erllama.load_model(tiny_gguf, cache=cache, n_ctx=256, warmup=warmup) as model:
+        with (
+            Cache() as cache,
+            erllama.load_model(tiny_gguf, cache=cache, n_ctx=256, warmup=warmup, n_threads=1) as model,
+        ):
             assert threads == [f"erllama-model-{model.id}"] * warmup
             assert model.metrics.ticks == 0
             assert cache.rows() == []
@@ -235,9 +238,9 @@ def test_loading_refuses_a_model_that_cannot_decode(tiny_gguf: Path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(LlamaBackend, "decode", failing)
         with pytest.raises(erllama.BackendError, match="out of memory"):
-            erllama.load_model(tiny_gguf, id="cannot", n_ctx=256)
+            erllama.load_model(tiny_gguf, id="cannot", n_ctx=256, n_threads=1)
     assert "cannot" not in [model.id for model in erllama.list_models()]
-    with erllama.load_model(tiny_gguf, id="cannot", n_ctx=256) as model:
+    with erllama.load_model(tiny_gguf, id="cannot", n_ctx=256, n_threads=1) as model:
         assert model.complete([5], max_tokens=1).tokens
     with pytest.raises(erllama.OptionError, match="warmup"):
         erllama.load_model(tiny_gguf, warmup="yes")  # type: ignore[arg-type]

@@ -98,7 +98,7 @@ def gated() -> Iterator[tuple[Gated, erllama.Model]]:
     with Cache() as cache, erllama.load_backend(backend, id="gated", cache=cache, n_seq_max=1) as model:
         first, second = (model.stream(prompt, max_tokens=3) for prompt in ("one", "two"))
         try:
-            assert backend.decoding.wait(10)
+            assert backend.decoding.wait(120)
             yield backend, model
         finally:
             backend.gate.set()
@@ -111,7 +111,7 @@ def at_once(work: Callable[[], object]) -> object:
     found: list[object] = []
     thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
     thread.start()
-    thread.join(30)
+    thread.join(120)
     assert found, "it waits, or raised"
     return found[0]
 
@@ -336,7 +336,7 @@ def test_refused_requests_are_counted(registry: CollectorRegistry) -> None:
     backend = Gated()
     with Cache() as cache, erllama.load_backend(backend, id="m", cache=cache, n_seq_max=1, max_pending=1) as model:
         running = model.stream("one", max_tokens=1)
-        assert backend.decoding.wait(10)
+        assert backend.decoding.wait(120)
         waiting = model.stream("two", max_tokens=1)
         with pytest.raises(erllama.QueueFull):
             model.stream("three", max_tokens=1)

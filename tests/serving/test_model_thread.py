@@ -79,7 +79,7 @@ class SlowBackend(StubBackend):
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         time.sleep(0.003 + 0.001 * len(batch.tokens))
         if int(batch.positions[-1]) == self.hangs_at:
-            self.gate.wait(30)
+            self.gate.wait(120)
         return super().decode(batch)
 
 

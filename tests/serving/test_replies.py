@@ -17,6 +17,8 @@ from erllama.cache import Cache
 from erllama.engine import Batch
 from erllama.engine.backends.stub import EOG, StubBackend, StubVocabulary
 from erllama.engine.output.text import TextDecoder
+from support.examples import examples
+from support.threads import wait_until
 
 
 @pytest.fixture
@@ -124,7 +126,7 @@ def test_prefill_stores_the_prompt(stub: erllama.Model) -> None:
     assert reply.cache == erllama.CacheHit("partial", "live", 20)
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(25))
 @given(st.binary(min_size=1, max_size=40), st.integers(0, 1))
 def test_streamed_text_has_whole_characters_and_adds_up(says: bytes, cut: int) -> None:
     with loaded(Scripted(says)) as model:
@@ -179,10 +181,7 @@ def test_leaving_a_stream_cancels_its_request(way: str) -> None:
         else:
             with stream:
                 pass
-        deadline = time.monotonic() + 10
-        while model.phase != "idle" and time.monotonic() < deadline:
-            time.sleep(0.005)
-        assert model.phase == "idle"
+        wait_until(lambda: model.phase == "idle")
 
 
 def test_requests_run_in_order_of_arrival() -> None:
@@ -303,7 +302,7 @@ def test_a_wrong_cache_answer_causes_a_cold_start(caplog: pytest.LogCaptureFixtu
 # --- the memory that cannot be cut -----------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(25))
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=120), st.integers(0, 120), st.booleans(), st.data())
 def test_memory_that_cannot_be_cut_resumes_only_at_packed_states(
     ids: list[int], share: int, reproducible: bool, data: st.DataObject
@@ -330,7 +329,7 @@ def test_a_repeated_prompt_is_an_exact_hit_for_every_memory_kind() -> None:
         assert model.complete("x" * 300, max_tokens=10).cache == erllama.CacheHit("exact", "ram", 299)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(25))
 @given(st.integers(1, 300), st.lists(st.integers(1, 300), max_size=3), st.booleans())
 def test_cached_replies_of_the_stub_equal_cold_ones(n: int, others: list[int], reproducible: bool) -> None:
     prompt = np.random.default_rng(n).integers(0, 256, n)

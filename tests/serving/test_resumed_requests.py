@@ -120,7 +120,7 @@ def test_progress_has_only_what_is_new(cache: Cache) -> None:
     ticket = Ticket(prompt_only(max_tokens=30, logprobs=0), streaming=True)
     backend.hold()
     thread.submit(ticket)
-    assert backend.at_decode.wait(30)
+    assert backend.at_decode.wait(120)
     for _ in range(10):
         backend.step()
     found: list[ReplyProgress] = []
@@ -379,7 +379,7 @@ def test_a_refused_request_has_no_progress(cache: Cache) -> None:
     thread = start_thread(backend, cache, n_seq_max=1, max_pending=0)
     backend.hold()
     thread.submit(Ticket(prompt_only(max_tokens=3), streaming=False))
-    assert backend.at_decode.wait(30)
+    assert backend.at_decode.wait(120)
     refused = Ticket(prompt_only(max_tokens=3), streaming=True)
     with pytest.raises(erllama.QueueFull):
         thread.submit(refused)

@@ -39,8 +39,8 @@ from erllama.engine.sampling.sampler import Sampler
 from erllama.engine.scheduling.sequence import Sequence
 from support.threads import wait_until
 
-REQUESTS = int(os.environ.get("ERLLAMA_SOAK", "400"))
-LIMIT = 30.0 + REQUESTS / 10  # seconds after which a call counts as hanging; no call should come near it
+REQUESTS = int(os.environ.get("ERLLAMA_SOAK", "200"))
+LIMIT = 300.0 + REQUESTS / 10  # seconds after which a call counts as hanging; no call should come near it
 N_THREADS, N_TASKS = 6, 5
 MIB = 2**20
 Make = Callable[[erllama.Cache], erllama.Model]

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erllama.engine.output.stops import StopScanner
+from support.examples import examples
 from support.recording_backend import first_by_position, stops
 
 letters = st.text("abc", max_size=12)
@@ -17,14 +18,14 @@ def scanned(pieces: list[str], stops: list[str]) -> tuple[list[str], str | None]
     return [*released, scanner.flush()], scanner.matched
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(250))
 @given(st.lists(letters, max_size=8), stops)
 def test_the_first_stop_string_wins_for_all_token_boundaries(pieces: list[str], stops: list[str]) -> None:
     released, matched = scanned(pieces, stops)
     assert ("".join(released), matched) == first_by_position("".join(pieces), stops)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(250))
 @given(st.lists(st.text("a \n", max_size=4), max_size=6), st.lists(st.text("a \n", min_size=1, max_size=3)))
 def test_white_space_after_a_phase_matches_no_white_space_stop_string(pieces: list[str], stops: list[str]) -> None:
     scanner = StopScanner(stops)
@@ -33,7 +34,7 @@ def test_white_space_after_a_phase_matches_no_white_space_stop_string(pieces: li
     assert (streamed, scanner.matched) == first_by_position("".join(pieces), stops, behind=True)
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(125))
 @given(letters, stops)
 def test_only_text_that_may_begin_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
     scanner = StopScanner(stops)

@@ -19,6 +19,7 @@ import erllama
 from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
 from erllama.cache.catalog.eviction_order import LeafLRU
 from erllama.cache.catalog.prefix_tree import PrefixTree
+from support.examples import examples
 from support.paths import TESTS
 from support.storage.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
 from support.subprocesses import must_run, run_python
@@ -168,7 +169,7 @@ def test_a_rejected_block_that_was_just_written_is_removed(tmp_path: Path, ram: 
 # --- budgets ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(25))
 @given(st.lists(contexts, min_size=1, max_size=10), st.integers(0, 600), st.integers(1, 4000))
 def test_no_budget_is_ever_exceeded(
     tmp_path_factory: pytest.TempPathFactory, saved: list[NDArray[np.int32]], ram: int, quota: int
@@ -287,7 +288,7 @@ def test_saves_beyond_the_queue_are_dropped_and_counted(tmp_path: Path) -> None:
 # --- restarts and faults -------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.lists(contexts, min_size=1, max_size=5))
 def test_everything_survives_a_restart(
     tmp_path_factory: pytest.TempPathFactory, saved: list[NDArray[np.int32]]

@@ -28,7 +28,7 @@ from support.storage.processes import (
     start_python,
 )
 
-KILLS = int(os.environ.get("ERLLAMA_KILLS", "12"))
+KILLS = int(os.environ.get("ERLLAMA_KILLS", "8"))
 
 
 # --- at any moment ---------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_statements_in_the_wrong_order_do_not_discard_the_index(tmp_path: Path) 
         with pytest.raises(sqlite3.OperationalError), tier._using() as index:
             index.db.execute("COMMIT")  # SQLITE_ERROR: no transaction is open
         fill(cache, 4)
-        assert cache.flush(10)
+        assert cache.flush(120)
         assert hit(cache, texts(0)) == 48
         assert list(tmp_path.glob("index.db.damaged-*")) == []
         cache.check_integrity()
@@ -197,7 +197,7 @@ def test_the_catalog_matches_a_tier_after_any_error(
             with suppress(error):
                 call()
             Raising.raising = False
-            assert cache.flush(30)
+            assert cache.flush(120)
             cache.gc()
             cache.check_integrity()
             assert counted(cache) == bytes_in(tmp_path) <= quota
@@ -326,7 +326,7 @@ def test_a_file_that_cannot_be_read_is_written_again(
         assert hit_loads(cache, texts(0)) == 1
         assert cache.wants(blocks_of(texts(0))[1].key)
         save(cache, texts(0))
-        assert cache.flush(10)
+        assert cache.flush(120)
         assert hit_loads(cache, texts(0)) == 3
         assert second.stat().st_ino != bad
         assert cache.counters()["blocks_ram"] == (3 if ram else 0)

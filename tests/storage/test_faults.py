@@ -113,11 +113,11 @@ def test_a_writer_thread_that_cannot_start_drops_only_the_save(
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         monkeypatch.setattr(threading.Thread, "start", refuse)
         save(cache, np.arange(SIZE, dtype=np.int32))
-        assert cache.flush(10)
+        assert cache.flush(120)
         assert cache.counters()["bytes_pending"] == 0
         monkeypatch.undo()
         save(cache, np.arange(100, 100 + SIZE, dtype=np.int32))
-        assert cache.flush(10)
+        assert cache.flush(120)
         assert cache.counters()["blocks_disk"] == 1
 
 
@@ -302,7 +302,7 @@ def test_a_forked_child_gets_an_error_and_exits_normally(tiny_gguf: Path, tmp_pa
         warnings.simplefilter("ignore")
         import erllama
         cache = erllama.Cache(disk=sys.argv[2])
-        model = erllama.load_model(sys.argv[1], cache=cache, n_ctx=256)
+        model = erllama.load_model(sys.argv[1], cache=cache, n_ctx=256, n_threads=1)
         model.complete("hello", max_tokens=4)
         stream = model.stream("hello", max_tokens=4)
         pid = os.fork()
@@ -362,12 +362,12 @@ def test_changed_content_under_the_same_name_and_time_is_another_model(tmp_path:
     status = path.stat()
     prompt, ask = [5 + i % 50 for i in range(100)], {"max_tokens": 8, "temperature": 0.0}
     with Cache() as cache:
-        with erllama.load_model(path, cache=cache, n_ctx=512) as model:
+        with erllama.load_model(path, cache=cache, n_ctx=512, n_threads=1) as model:
             model.complete(prompt, **ask)  # type: ignore[arg-type]
         path.write_bytes(write_llama(tmp_path / "other.gguf", TINY, seed=2).read_bytes())
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         assert path.stat().st_size == status.st_size
-        with erllama.load_model(path, cache=cache, n_ctx=512) as model:
+        with erllama.load_model(path, cache=cache, n_ctx=512, n_threads=1) as model:
             assert model.complete(prompt, **ask).cache.kind == "cold"  # type: ignore[arg-type]
 
 

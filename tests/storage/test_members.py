@@ -32,7 +32,13 @@ from support.threads import in_threads, wait_until
 MANY = np.arange(10 * SIZE, dtype=np.int32)
 TAIL = np.arange(5, dtype=np.int32)
 FILE_BYTES = 64 + 264  # of a full block with the payload of `save`
-SOON = 15.0  # seconds; a tail that is not hurried waits twice as long
+SOON = 120.0  # seconds; a tail that is not hurried waits longer, see `tails_wait`
+
+
+@pytest.fixture(autouse=True)
+def tails_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a tail that is not hurried wait longer than any test, however busy the machine is."""
+    monkeypatch.setattr(tier_writer, "TAIL_DELAY_SECONDS", 600.0)
 
 
 class Pair(NamedTuple):

@@ -23,7 +23,7 @@ from erllama.cache.blocks import kvc
 from erllama.errors import CacheFormatError
 from support.storage.blocks import NAMESPACE, SIZE, blocks_of
 
-MUTATIONS = int(os.environ.get("ERLLAMA_MUTATIONS", "1000"))
+MUTATIONS = int(os.environ.get("ERLLAMA_MUTATIONS", "300"))
 
 # From the layout in docs/kvc-format.md: offsets and formats of the fields that hold lengths.
 LENGTHS = {"header length": (16, "<I"), "payload length": (40, "<Q"), "number of tokens": (48, "<I")}

@@ -238,7 +238,7 @@ class Steps(StubBackend):
     def decode(self, batch):  # type: ignore[no-untyped-def]
         if batch.positions[0] >= self.stop_at and not self.go_on.is_set():
             self.at.set()
-            self.go_on.wait(30)
+            self.go_on.wait(120)
         return super().decode(batch)
 
 
@@ -247,13 +247,13 @@ def test_evicting_a_model_saves_its_running_request(tmp_path: Path) -> None:
     backend.stop_at = 100
     with Cache(block_size=SIZE, disk=tmp_path) as cache, erllama.load_backend(backend, cache=cache) as model:
         stream = model.stream([1] * 40, max_tokens=100, temperature=0)
-        assert backend.at.wait(30)
+        assert backend.at.wait(120)
         evicting = threading.Thread(target=model.evict)
         evicting.start()
         while not model._runner._calls:
             pass
         backend.go_on.set()
-        evicting.join(30)
+        evicting.join(120)
         assert not evicting.is_alive()
         assert cache.counters()["saves_evict"] >= 3
         on_disk = [row for row in cache.rows() if row.tier == "disk"]
@@ -276,7 +276,7 @@ def test_unloading_a_model_saves_its_running_request(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         model = erllama.load_backend(backend, cache=cache)
         stream = model.stream([1] * 40, max_tokens=100, temperature=0)
-        assert backend.at.wait(30)
+        assert backend.at.wait(120)
         threading.Timer(0.1, backend.go_on.set).start()
         model.unload()
         with pytest.raises(erllama.ModelUnloaded):

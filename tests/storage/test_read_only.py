@@ -69,7 +69,7 @@ def test_a_directory_is_read_and_never_written(warm: Path) -> None:
         save(cache, texts(5000))
         cache.remember_fingerprint("other", "e" * 64)
         cache.remember_text(NAMESPACE, b"another text", texts(0, 4))
-        assert cache.flush(10)
+        assert cache.flush(120)
         assert cache.evict_bytes("1GiB", ("disk",)) == 0
         assert cache.gc() == 0
         assert cache.verify() == []
@@ -176,7 +176,7 @@ def test_blocks_written_by_another_process_are_found(warm: Path) -> None:
                     if payloads(cache, texts(first)) == 48:
                         break
                     cache.counters()
-                    cache.flush(5)
+                    cache.flush(120)
                 else:
                     pytest.fail("the block was never seen")
         assert cache.counters()["faults"] == 0
@@ -261,7 +261,7 @@ READING = """
                 match.release()
         assert all(save(cache, texts(5000)))
         assert not any(save(other, texts(5000)))
-        assert cache.flush(10) and cache.gc() == 0 and cache.verify() == []
+        assert cache.flush(120) and cache.gc() == 0 and cache.verify() == []
         cache.check_integrity()
         counters = cache.counters()
         assert counters["disk_errors"] == counters["faults"] == counters["corrupt_files"] == 0, counters

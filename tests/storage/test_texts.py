@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import sqlite3
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from erllama.cache import Cache
 from erllama.cache.texts import text_tokens as texts_module
 from erllama.cache.texts.text_tokens import TextCache, TextDigests
 from erllama.cache.tiers import sqlite_index as index_module
+from support.examples import examples
 from support.storage.blocks import SIZE, save
 
 NAMESPACE, OTHER = b"n" * 32, b"o" * 32
@@ -35,7 +35,7 @@ def found(cache: Cache, text: bytes, namespace: bytes = NAMESPACE) -> tuple[int,
     return None if known is None else (known[0], known[1].tolist())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 1300)), max_size=6), st.data())
 def test_the_longest_stored_prefix_of_a_text_is_found(parts: list[tuple[str, int]], data: st.DataObject) -> None:
     texts = ["".join(letter * n for letter, n in parts[:i]).encode() for i in range(len(parts) + 1)]
@@ -272,7 +272,7 @@ def test_the_size_counted_on_disk_is_the_real_size(tmp_path: Path, n_texts: int,
     assert 0.7 * (full - empty) < counted < 1.5 * (full - empty)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 400), st.integers(0, 1)), max_size=30))
 def test_forgotten_texts_take_no_space(steps: list[tuple[int, int, int]]) -> None:
     known = TextCache(limit_bytes=5000)
@@ -318,7 +318,7 @@ def test_a_damaged_total_keeps_the_bound_and_the_texts(
         assert rows + pieces <= 1500
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 400), st.integers(0, 1)), max_size=20))
 def test_the_total_on_disk_is_the_sum_of_all_rows(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int, int]]
@@ -473,14 +473,14 @@ def test_an_older_index_keeps_its_blocks_and_gains_texts(tmp_path: Path) -> None
         assert db.execute("SELECT * FROM blocks").fetchall() == rows
 
 
-def test_a_locked_database_delays_no_text_lookup(tmp_path: Path) -> None:
+def test_a_locked_database_delays_no_text_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A call that waits for the database exceeds the time limit of the test.
+    monkeypatch.setattr("erllama.cache.tiers.index_schema._BUSY_SECONDS", 900.0)
     with Cache(disk=tmp_path) as cache:
         db = sqlite3.connect(tmp_path / "index.db", isolation_level=None)
         db.execute("BEGIN EXCLUSIVE")
-        began = time.monotonic()
         cache.remember_text(NAMESPACE, b"text", ids(1))
         assert found(cache, b"text") == (4, [1])
         assert found(cache, b"other") is None
-        assert time.monotonic() - began < 5
         db.execute("ROLLBACK")
         db.close()

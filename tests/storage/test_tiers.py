@@ -12,6 +12,7 @@ import pytest
 
 import erllama
 from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, token_bytes
+from erllama.cache.pipeline import tier_writer
 from erllama.cache.pipeline.write_queue import PendingSave, WriteQueue
 from support.faulty.tiers import SmallTier
 from support.paths import TESTS
@@ -21,7 +22,13 @@ from support.subprocesses import must_run
 from support.threads import wait_until
 
 MANY = np.arange(10 * SIZE, dtype=np.int32)
-SOON = 15.0  # seconds; a tail that is not hurried waits twice as long
+SOON = 120.0  # seconds; a tail that is not hurried waits longer, see `tails_wait`
+
+
+@pytest.fixture(autouse=True)
+def tails_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a tail that is not hurried wait longer than any test, however busy the machine is."""
+    monkeypatch.setattr(tier_writer, "TAIL_DELAY_SECONDS", 600.0)
 
 
 def blocks_by_tier(cache: Cache) -> dict[str, int]:
@@ -193,7 +200,7 @@ class Slow(SmallTier):
     def read(self, block: Block) -> tuple[Block, memoryview]:
         found = super().read(block)
         self.reading.set()
-        self.go_on.wait(30)
+        self.go_on.wait(120)
         return found
 
 
@@ -205,7 +212,7 @@ def test_loading_an_old_version_does_not_undo_a_newer_one(tmp_path: Path) -> Non
     with Cache(block_size=SIZE, disk=tmp_path / "d", tiers=[tier]) as cache:
         loading = threading.Thread(target=cache.load, args=(block,))
         loading.start()
-        assert tier.reading.wait(30)
+        assert tier.reading.wait(120)
         assert cache.save(block, b"new", replace=True)
         tier.go_on.set()
         loading.join()
@@ -240,7 +247,7 @@ class Exiting(SmallTier):
 def test_a_tier_raising_system_exit_does_not_end_the_writer(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path / "d", tiers=[Exiting(str(tmp_path))]) as cache:
         save(cache, MANY)
-        assert cache.flush(30)
+        assert cache.flush(120)
         assert blocks_by_tier(cache) == {"ram": 10, "disk": 10, "remote": 0}
 
 
@@ -483,7 +490,7 @@ def test_memory_pressure_evicts(tmp_path: Path) -> None:
         save(cache, MANY)
         cache.flush()
         for _ in range(12):
-            assert looks.acquire(timeout=10)
+            assert looks.acquire(timeout=120)
         assert blocks_by_tier(cache) == {"ram": 0, "disk": 10}
         assert cache.counters()["pressure_evictions"] >= 5
 
@@ -497,7 +504,7 @@ def test_a_failing_pressure_source_is_counted() -> None:
 
     with Cache(pressure={"source": broken, "interval": 0.01}) as cache:
         for _ in range(3):
-            assert looks.acquire(timeout=10)
+            assert looks.acquire(timeout=120)
         assert cache.counters()["faults"] >= 2
 
 

@@ -20,7 +20,7 @@ from erllama.engine.grammar import llguidance_adapter
 from erllama.testing.models import write_llama
 from support.recording_backend import RecordingBackend
 
-N = int(os.environ.get("ERLLAMA_GRAMMARS", "60"))  # `make stress` runs more
+N = int(os.environ.get("ERLLAMA_GRAMMARS", "20"))  # `make stress` runs more
 HOT = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 

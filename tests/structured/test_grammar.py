@@ -18,6 +18,7 @@ from erllama import Error, Grammar, GrammarError
 from erllama.engine.backends.stub import StubVocabulary
 from erllama.engine.grammar import adjacency, automata, gbnf, lark_writer
 from erllama.engine.grammar.grammar import GrammarCompiler
+from support.examples import examples
 from support.grammar_walks import PERSON
 
 # --- GBNF is its language, no more and no less ------------------------------------------------
@@ -121,7 +122,7 @@ class Reference:
         return spans
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(grammars)
 def test_gbnf_accepts_the_texts_that_its_rules_derive(rules: list[Expression]) -> None:
     source = "root ::= r0\n" + "".join(f"r{at} ::= {written(rule)}\n" for at, rule in enumerate(rules))
@@ -561,7 +562,7 @@ odd_schemas = st.recursive(
 )
 
 
-@settings(max_examples=int(os.environ.get("ERLLAMA_GRAMMARS", "25")) * 12, deadline=None)
+@settings(max_examples=int(os.environ.get("ERLLAMA_GRAMMARS", "10")) * 12, deadline=None)
 @given(odd_schemas)
 @example({"oneOf": [{"type": "integer"}, {"type": "number"}]})
 @example({"type": "object", "required": ["b"], "additionalProperties": False})

@@ -21,6 +21,7 @@ from erllama.engine.backends.stub import StubVocabulary
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.grammar.matcher import Matcher
 from erllama.llama_ffi import LlamaModel
+from support.examples import examples
 from support.grammar_walks import PERSON
 from support.paths import SHARED
 from support.threads import in_threads
@@ -378,7 +379,7 @@ WORDS = st.lists(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(35), deadline=None)
 @given(text=WORDS, later=WORDS)
 def test_forced_tokens_match_the_tokenizer_for_every_continuation(name: str, text: str, later: str) -> None:
     model, compiler = compiler_of(name)

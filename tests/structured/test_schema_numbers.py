@@ -25,7 +25,7 @@ from support.chat.tool_calls import lark_literal
 from support.grammar_walks import CLOSING, Vocabulary
 
 # The number of examples in the suite and in a long run.
-EXAMPLES = int(os.environ.get("ERLLAMA_GRAMMARS", "25"))
+EXAMPLES = int(os.environ.get("ERLLAMA_GRAMMARS", "10"))
 LARGE = 1234567890123456789
 INT64 = (-(2**63), 2**63 - 1)
 UINT64 = (0, 2**64 - 1)

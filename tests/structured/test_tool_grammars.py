@@ -35,6 +35,7 @@ from support.chat.tool_calls import (
     lark_literal,
     needs_templates,
 )
+from support.examples import examples
 from support.grammar_walks import VOCABULARIES, random_walk, words
 
 # --- Whatever a grammar lets a model write is read, and valid ---------------------------------
@@ -103,7 +104,7 @@ def read_or_too_large(format: str, text: str) -> list[ToolCall] | None:
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_calls_that_a_grammar_allows_are_read_and_valid(format: str, vocabulary: str) -> None:
     finished = 0
-    for seed in range(int(os.environ.get("ERLLAMA_GRAMMARS", "25"))):
+    for seed in range(int(os.environ.get("ERLLAMA_GRAMMARS", "10"))):
         name = "rich" if seed % 2 else None
         text = written_by_chance(format, vocabulary, name, seed % 3 != 0, seed)
         if text is None:
@@ -259,7 +260,7 @@ def written_by_template(name: str, made: Sequence[Mapping[str, object]]) -> str:
 
 @needs_templates
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(suppress_health_check=[HealthCheck.filter_too_much], max_examples=40, deadline=None)
+@settings(suppress_health_check=[HealthCheck.filter_too_much], max_examples=examples(25), deadline=None)
 @given(chosen=st.data())
 def test_calls_rendered_by_a_template_are_read_back(name: str, chosen: st.DataObject) -> None:
     family = FAMILIES[name]

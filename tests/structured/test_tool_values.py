@@ -33,7 +33,7 @@ from support.chat.tool_calls import (
 from support.grammar_walks import VOCABULARIES, random_walk
 from support.scripted_backend import PieceVocabulary, ScriptedBackend, scripted_reply
 
-N = int(os.environ.get("ERLLAMA_TOOL_VALUES", "60"))
+N = int(os.environ.get("ERLLAMA_TOOL_VALUES", "20"))
 
 
 # --- A call as a family spells it ---------------------------------------------------------------

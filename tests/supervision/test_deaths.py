@@ -22,7 +22,7 @@ from support.deadly_backend import DEATHS, POISON, DeadlyStub
 from support.model_processes import model_processes
 from support.threads import in_threads, wait_until
 
-N_DEATHS = int(os.environ.get("ERLLAMA_DEATHS", "14"))
+N_DEATHS = int(os.environ.get("ERLLAMA_DEATHS", "8"))
 N_STREAMS = 8
 OPTIONS: dict[str, object] = {"n_ctx": 8192, "n_batch": 256, "n_ubatch": 64, "n_sequences": 16, "end_bias": 0.0}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 30}}}
@@ -31,7 +31,8 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type
 @contextmanager
 def deadly(orders: Path | None, cache: erllama.Cache, **options: object) -> Iterator[erllama.Model]:
     """A model in a process that dies on order."""
-    process: dict[str, object] = {"max_restarts": 1000, "hang_timeout": 3.0}
+    # A busy machine may leave a process without a core for seconds: that is a hang only where one is ordered.
+    process: dict[str, object] = {"max_restarts": 1000, "hang_timeout": 3.0 if orders else 120.0}
     process |= options.pop("process", {})  # type: ignore[operator]
     arguments = {**OPTIONS, "orders": None if orders is None else str(orders), **options}
     with erllama.load_backend(
@@ -152,13 +153,13 @@ def test_replies_survive_every_kind_of_death(tmp_path: Path, first: int) -> None
             readers = threading.Thread(target=in_threads, args=(read, N_STREAMS))
             before = model.restarts
             readers.start()
-            while readers.is_alive() and n_deaths < N_DEATHS:
+            while readers.is_alive() and n_deaths < N_DEATHS / 2:
                 # A request that dies twice without a new token between would count as the cause.
                 while readers.is_alive() and not (model.info.pid and all_have_moved(model)):
                     time.sleep(0.002)
                 time.sleep(dice.uniform(0.0, 0.05))
                 restarts = model.restarts
-                orders.write_text(DEATHS[n_deaths % len(DEATHS)])
+                orders.write_text(DEATHS[(first + n_deaths) % len(DEATHS)])
                 n_deaths += 1
                 while readers.is_alive() and model.restarts == restarts:
                     time.sleep(0.002)

@@ -337,7 +337,7 @@ def test_a_fork_has_no_models_and_leaves_the_process_alone(tiny_gguf: Path, tmp_
 def test_a_stopped_parent_finds_its_process_alive(tiny_gguf: Path, tmp_path: Path) -> None:
     code = """
         cache = erllama.Cache(ram=None, ram_file=blocks, block_size=16)
-        model = erllama.load_model(path, cache=cache, n_ctx=512, n_threads=1, process={"hang_timeout": 1.0})
+        model = erllama.load_model(path, cache=cache, n_ctx=512, n_threads=1, process={"hang_timeout": 3.0})
         print(model.info.pid, flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(2)
@@ -348,7 +348,7 @@ def test_a_stopped_parent_finds_its_process_alive(tiny_gguf: Path, tmp_path: Pat
     assert program.stdout is not None
     program.stdout.readline()
     wait_until(lambda: psutil.Process(program.pid).status() == "stopped")
-    time.sleep(3)
+    time.sleep(5)  # longer than `hang_timeout`
     program.send_signal(signal.SIGCONT)
     printed, complaints = program.communicate(timeout=120)
     assert printed.split() == ["0", "3"], complaints

@@ -18,7 +18,7 @@ import erllama
 from erllama.engine import Batch
 from erllama.engine.backends.stub import StubBackend
 
-N_EXAMPLES = int(os.environ.get("ERLLAMA_ADAPTERS", "200"))
+N_EXAMPLES = int(os.environ.get("ERLLAMA_ADAPTERS", "60"))
 PROMPT = [5 + i * 7 % 250 for i in range(150)]
 # Control tokens, and bytes that are not characters: the text of a reply does not identify them.
 TEXTLESS_TOKENS = [0, 1, 2, *range(3 + 0x80, 259)]

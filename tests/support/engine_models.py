@@ -43,7 +43,7 @@ class GatedBackend(StubBackend):
         """Allow one decode, and wait for the next."""
         self.at_decode.clear()
         self.allowed.release()
-        assert self.at_decode.wait(30)
+        assert self.at_decode.wait(120)
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         self.at_decode.set()

@@ -21,9 +21,9 @@ import uvicorn
 import erllama
 from erllama.server import ServedModel, ServerOptions
 from erllama.server.application import make_server
-from erllama.server.listening import ListenOptions, url_of
 from erllama.server.models import ModelPool
 from erllama.server.run import uvicorn_config
+from erllama.server.settings.listening import ListenOptions, url_of
 from erllama.server.state import Server
 from support.threads import wait_until
 
@@ -55,11 +55,11 @@ class RunningServer:
     def post(self, body: object, path: str = CHAT, **options: object) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {**JSON, **options.pop("headers", {})}  # type: ignore[dict-item]
-        return httpx.post(self.url + path, content=content, headers=headers, timeout=60, **options)  # type: ignore[arg-type]
+        return httpx.post(self.url + path, content=content, headers=headers, timeout=120, **options)  # type: ignore[arg-type]
 
     def connect(self) -> socket.socket:
         client = socket.create_connection(self.address)
-        client.settimeout(60)
+        client.settimeout(120)
         return client
 
     def send(self, body: object, path: str = CHAT, headers: Mapping[str, str] | None = None) -> socket.socket:
@@ -105,7 +105,7 @@ def running(
         yield RunningServer(url_of(bound), state, server)
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(120)
         bound.close()
         assert not thread.is_alive()
 

@@ -21,7 +21,7 @@ def in_threads(work: Callable[[int], object], n: int) -> None:
             done.result()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 300) -> None:
     """Wait until a condition holds that other threads bring about. Fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -1,7 +1,7 @@
 """Models in LM Studio's directory.
 
-A file lies at `PUBLISHER/MODEL/FILE.gguf`. LM Studio's home is the directory that `~/.lmstudio-home-pointer` names, or
-`~/.lmstudio`, or `~/.cache/lm-studio` of earlier releases. The models lie in `models` in it, or in the
+A file lies at `PUBLISHER/MODEL/FILE.gguf`. LM Studio's home is the directory that `~/.lmstudio-home-pointer`
+names, or `~/.lmstudio`, or `~/.cache/lm-studio` of earlier releases. The models lie in `models` in it, or in the
 `downloadsFolder` of its `settings.json`. A download in progress ends in ".part".
 """
 

@@ -24,13 +24,13 @@ from erllama.errors import Error, ModelLoadError, OptionError
 from erllama.models.names import model_path
 from erllama.server.conduct.key_files import ENVIRONMENT, check_private, read_key_file
 from erllama.server.conduct.keys import ApiKey
-from erllama.server.listening import ListenOptions
-from erllama.server.mistakes import Mistake, Mistakes
 from erllama.server.models.entry import ModelEntry
-from erllama.server.options import ServerOptions, texts
 from erllama.server.pins import OPTIONS as PIN_OPTIONS
 from erllama.server.pins import PinEntry
-from erllama.server.toml_lines import Place, toml_lines
+from erllama.server.settings.listening import ListenOptions
+from erllama.server.settings.mistakes import Mistake, Mistakes
+from erllama.server.settings.options import ServerOptions, texts
+from erllama.server.settings.toml_lines import Place, toml_lines
 
 _SECTIONS = ("server", "models", "keys", "pins", "cache")
 _SERVER = tuple(each.name for each in fields(ServerOptions) if each.name != "keys")

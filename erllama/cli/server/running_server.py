@@ -13,7 +13,7 @@ import click
 from erllama.cli.options import FILE
 from erllama.errors import Error
 from erllama.server.conduct.key_files import VARIABLE, read_key_file, read_key_variable
-from erllama.server.listening import ListenOptions
+from erllama.server.settings.listening import ListenOptions
 
 Command = TypeVar("Command", bound=Callable[..., object])
 

@@ -9,7 +9,7 @@ import click
 
 from erllama.cache.sizes import format_size
 from erllama.cli.console import print_json, print_table
-from erllama.cli.running_server import RunningServer, server_options
+from erllama.cli.server.running_server import RunningServer, server_options
 
 _COLUMNS = (
     ("name", "left"),

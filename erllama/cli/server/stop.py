@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from erllama._runtime.printing import echo
-from erllama.cli.running_server import RunningServer, server_options
+from erllama.cli.server.running_server import RunningServer, server_options
 
 _POLL = 0.1  # seconds
 

@@ -15,12 +15,12 @@ from erllama._model.load import check_load_options
 from erllama.cache.options import check_options, check_usable
 from erllama.server.conduct.key_files import read_key_file, read_key_variable
 from erllama.server.conduct.keys import ApiKey
-from erllama.server.configuration import Configuration, check_model_file, read_configuration
-from erllama.server.listening import ListenOptions
-from erllama.server.mistakes import Mistake, Mistakes
 from erllama.server.models.entry import ModelEntry
-from erllama.server.options import ServerOptions
 from erllama.server.pins import PinEntry
+from erllama.server.settings.configuration import Configuration, check_model_file, read_configuration
+from erllama.server.settings.listening import ListenOptions
+from erllama.server.settings.mistakes import Mistake, Mistakes
+from erllama.server.settings.options import ServerOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

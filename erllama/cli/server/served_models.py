@@ -14,7 +14,7 @@ from erllama.models.names import model_path
 from erllama.server.conduct.durations import parse_duration
 from erllama.server.models import ModelEntry, ModelPool
 from erllama.server.models.pool import load_entry
-from erllama.server.options import ServerOptions
+from erllama.server.settings.options import ServerOptions
 
 
 def parse_model(text: str, *, on_request: bool) -> ModelEntry:

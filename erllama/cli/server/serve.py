@@ -19,15 +19,15 @@ import erllama
 from erllama._runtime.printing import echo, one_line, printable
 from erllama.cli.console import format_count
 from erllama.cli.loading import ModelOptions
-from erllama.cli.memory_cache import memory_cache
 from erllama.cli.options import FILE, model_and_cache_options, parse_size
-from erllama.cli.served_models import open_pool, parse_model
+from erllama.cli.server.memory_cache import memory_cache
+from erllama.cli.server.served_models import open_pool, parse_model
 from erllama.server.application import make_server
 from erllama.server.conduct.key_files import VARIABLE
-from erllama.server.listening import ListenOptions, url_of
-from erllama.server.mistakes import ConfigurationError
 from erllama.server.reload import Reloader
-from erllama.server.settings import CommandOptions, Settings, read_settings
+from erllama.server.settings.listening import ListenOptions, url_of
+from erllama.server.settings.mistakes import ConfigurationError
+from erllama.server.settings.settings import CommandOptions, Settings, read_settings
 
 
 @click.command()

@@ -1,0 +1,1 @@
+"""The commands of a server: `erllama serve`, `ps` and `stop`."""

@@ -1,0 +1,1 @@
+"""Settings of the server: its options, its configuration file, and the mistakes in them."""
