@@ -141,8 +141,8 @@ def test_the_list_shows_what_fits_and_what_is_broken(directory: Path, erllama_co
 
 
 def test_the_server_accepts_names(directory: Path, tmp_path: Path) -> None:
-    from erllama.cli.served_models import parse_model
-    from erllama.server.configuration import read_configuration
+    from erllama.cli.server.served_models import parse_model
+    from erllama.server.settings.configuration import read_configuration
 
     write_llama(directory / "real.gguf")
     entry = parse_model("rea", on_request=True)
