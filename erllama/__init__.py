@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         BackendError,
         CacheError,
         CacheFormatError,
+        CacheKeyError,
         CacheVersionError,
         CalledFromModelThread,
         CellsExhausted,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
         DeadlineExceeded,
         DownloadError,
         Error,
+        EventsError,
         GrammarError,
         IntegrityError,
         LibraryNotBuilt,
@@ -99,6 +101,7 @@ if TYPE_CHECKING:
         Unsupported,
         VocabularyOnly,
     )
+    from erllama.events.options import KvEvents
 
 __version__ = "0.1.0"
 
@@ -147,6 +150,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "ToolCallDelta",
         "ToolCallEnd",
     ),
+    "erllama.events.options": ("KvEvents",),
     "erllama.errors": (
         "AdapterLoadError",
         "AdapterUnloaded",
@@ -154,6 +158,8 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "BackendError",
         "CacheError",
         "CacheFormatError",
+        "CacheKeyError",
+        "CacheKeyError",
         "CacheVersionError",
         "CalledFromModelThread",
         "CellsExhausted",
@@ -161,6 +167,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "DeadlineExceeded",
         "DownloadError",
         "Error",
+        "EventsError",
         "GrammarError",
         "IntegrityError",
         "LibraryNotBuilt",
@@ -206,6 +213,7 @@ __all__ = [
     "CacheError",
     "CacheFormatError",
     "CacheHit",
+    "CacheKeyError",
     "CacheVersionError",
     "CalledFromModelThread",
     "Candidates",
@@ -224,9 +232,11 @@ __all__ = [
     "EngineMetrics",
     "Error",
     "Event",
+    "EventsError",
     "Grammar",
     "GrammarError",
     "IntegrityError",
+    "KvEvents",
     "LibraryNotBuilt",
     "LoadCancelled",
     "MemoryLimitExceeded",

@@ -189,12 +189,20 @@ class CalledFromModelThread(Error, RuntimeError):  # noqa: N818
     """A callback in the model thread made a call that waits for the model thread, which would deadlock."""
 
 
+class EventsError(Error):
+    """A model cannot publish its KV events: an address cannot be used."""
+
+
 class SamplingError(Error):
     """The logits leave no token to sample."""
 
 
 class CacheError(Error):
     """The cache cannot perform an operation. Requests never fail with this error."""
+
+
+class CacheKeyError(CacheError):
+    """The key of encrypted content is missing or wrong. The content stays as it is."""
 
 
 class PinError(CacheError):
@@ -224,3 +232,27 @@ class CacheFormatError(CacheError):
 
 class CacheVersionError(CacheFormatError):
     """A newer release wrote this .kvc file."""
+
+
+class SignatureRefused(CacheFormatError):  # noqa: N818
+    """An object of the remote tier is not signed with a key of the key file, so it is not used.
+
+    Attributes:
+        unknown_key: whether it is signed with another key. It may belong to others then, and is left where it is.
+    """
+
+    def __init__(self, message: str, *, unknown_key: bool = False) -> None:
+        super().__init__(message)
+        self.unknown_key = unknown_key
+
+
+class RemoteError(CacheError):
+    """The remote tier cannot be used now. The cache continues without it."""
+
+
+class RemoteUnreachable(RemoteError):  # noqa: N818
+    """The service of the remote tier does not answer, or not in time. The tier recovers by itself."""
+
+
+class RemoteAccessError(RemoteError):
+    """The service refuses this machine: a permission, the region, the credentials or the clock is wrong."""

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import erllama
+import support.encrypted_caches  # noqa: F401 - encrypts all caches where ERLLAMA_TEST_KEY_FILE is set
 from erllama.testing.models import TINY, write_llama, write_lora
 from support.examples import examples
 

@@ -2,6 +2,9 @@
 
     blocks/<key>.kvc      one .kvc file per block, after the blocks that it follows; no other members
 
+The archive of an encrypted directory is encrypted: its members are named and encrypted as the files of the
+directory. Importing them needs the key, and encrypts them again with the current key of the receiving directory.
+
 The members are plain files with headers of the type ustar or GNU. Extended headers are refused before they are
 read.
 
@@ -23,16 +26,14 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import IO, NamedTuple
 
-import numpy as np
-import xxhash
-
 from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
+from erllama.cache.tiers.file_names import block_name, is_encrypted_name
 from erllama.cache.tiers.tier import Problem
 from erllama.errors import CacheFormatError
 
-_NAME = re.compile(r"blocks/([0-9a-f]{64})\.kvc")
+_NAME = re.compile(r"blocks/([0-9a-f]{64}|[0-9a-f]{96})\.kvc")
 _MAX_BYTES = 1 << 36  # of one member, if the length of the archive is unknown: far above any block
 _CHUNK = 1 << 20
 
@@ -76,10 +77,13 @@ def export_blocks(
     written: set[bytes] = set()
     n_bytes, seen = 0, 0
     left_out: list[Problem] = []
-    with tarfile.open(fileobj=to, mode="w|", format=tarfile.GNU_FORMAT) as tar:
+    # Names of encrypted files are too long for GNU's headers. Those of ustar limit members to 8 GiB.
+    header_format = tarfile.GNU_FORMAT if files.keys is None else tarfile.USTAR_FORMAT
+    with tarfile.open(fileobj=to, mode="w|", format=header_format) as tar:
         for row in rows:
             seen += row.n_bytes
-            name = f"blocks/{row.block.key.hex()}{kvc.SUFFIX}"
+            file_name, content_key = files.file_name(row.block)
+            name = f"blocks/{file_name}"
             if row.block.parent != row.block.namespace and row.block.parent not in written:
                 left_out.append(Problem(files.tier, name, "the block before it is missing"))
                 continue
@@ -91,7 +95,7 @@ def export_blocks(
                 left_out.append(Problem(files.tier, name, str(error)))
                 continue
             member = tarfile.TarInfo(name)
-            content = kvc.encode_header(block, payload) + payload
+            content = b"".join(bytes(piece) for piece in kvc.encode(block, payload, content_key))
             member.size, member.mode, member.mtime = len(content), 0o600, row.last_used // 10**9
             tar.addfile(member, io.BytesIO(content))
             written.add(block.key)
@@ -113,6 +117,7 @@ def import_blocks(files: CacheFiles, source: IO[bytes], on_done: OnProgress = la
 
     Raises:
         CacheFormatError: it is not an archive of blocks.
+        CacheKeyError: it is encrypted, and the directory is not or has other keys.
         CacheError, OSError: a block cannot be stored.
     """
     n_all = _length(source)
@@ -124,7 +129,7 @@ def import_blocks(files: CacheFiles, source: IO[bytes], on_done: OnProgress = la
     refused: list[Problem] = []
     for member in _members(source, n_all):
         try:
-            block, payload = _content(member)
+            block, payload = _content(files, member)
         except _ArchiveError:
             raise
         except CacheFormatError as error:
@@ -148,14 +153,14 @@ class _Member:
 
     Attributes:
         name: name in the archive.
-        key: key of the block, from the name.
+        file_name: name without the folder.
         size: size in bytes.
         end: offset in the archive at which the member ends.
     """
 
     def __init__(self, source: IO[bytes], header: tarfile.TarInfo, start: int) -> None:
         self.name, self.size, self.end = header.name, header.size, start + header.size
-        self.key = bytes.fromhex(_NAME.fullmatch(header.name)[1])  # type: ignore[index]  # it was checked
+        self.file_name = header.name.removeprefix("blocks/")
         self._source, self._left = source, header.size
 
     def read(self, n: int) -> bytes:
@@ -163,6 +168,12 @@ class _Member:
         found = _read(self._source, min(n, self._left), f"within {self.name!r}")
         self._left -= len(found)
         return found
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Read the next bytes into a buffer; return how many."""
+        found = self.read(min(buffer.nbytes, _CHUNK))
+        buffer[: len(found)] = found
+        return len(found)
 
     def skip(self, *, seeking: bool) -> None:
         """Skip the rest of the member and its padding."""
@@ -215,23 +226,18 @@ def _header(record: bytes) -> tarfile.TarInfo:
     return header
 
 
-def _content(member: _Member) -> tuple[Block, memoryview]:
+def _content(files: CacheFiles, member: _Member) -> tuple[Block, memoryview]:
     """Read and verify the block and payload of a member. Allocates memory only after the header is verified."""
-    block, payload_bytes, checksum = kvc.read_header_from(member.read, member.size)
-    if block.key != member.key:
+    key, content_key = block_name(member.file_name), None
+    if key is not None and is_encrypted_name(key):
+        key, content_key = files.key_of_name(key)
+    header = kvc.read_header_from(member.read_into, member.size, content_key)
+    if header.block.key != key:
         raise CacheFormatError("the file contains another block than its name says")
     try:
-        payload = np.empty(payload_bytes, np.uint8).data  # uninitialized until it is filled
+        return header.block, kvc.read_payload_from(member.read_into, header).data.toreadonly()
     except MemoryError:
         raise _ArchiveError(f"{member.name!r} of {member.size} bytes is more than memory holds") from None
-    done = 0
-    while done < payload_bytes:
-        piece = member.read(_CHUNK)
-        payload[done : done + len(piece)] = piece
-        done += len(piece)
-    if xxhash.xxh3_128_digest(payload) != checksum:
-        raise CacheFormatError("the payload's checksum does not match")
-    return block, payload.toreadonly()
 
 
 def _read(source: IO[bytes], n: int, where: str) -> bytes:

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from erllama.cache.blocks.block import Block
+from erllama.cache.blocks.encryption import ContentKey
 from erllama.cache.blocks.pins import Pin, PinRecord
 from erllama.cache.catalog.eviction_order import LeafLRU
-from erllama.cache.tiers.directory import INDEX_NAME, is_cache
+from erllama.cache.tiers.directory import is_cache
+from erllama.cache.tiers.file_names import INDEX_NAME
+from erllama.cache.tiers.key_state import KeyState
 from erllama.cache.tiers.read_only import create_file_tier
 from erllama.cache.tiers.tier import Problem, TierRow
 from erllama.errors import CacheError
 
-_NO_BUDGET = 2**62  # each cache that uses a directory sets its own budget
+NO_BUDGET = 2**62  # each cache that uses a directory sets its own budget
 _BATCH = 500  # blocks removed in one transaction: a few hundredths of a second on a local disk
 
 
@@ -85,16 +88,20 @@ class CacheFiles:
     Args:
         root: the directory; it must exist.
         in_memory: whether it is on a tmpfs, where files need not be made durable.
+        key_file: file of the keys that encrypt the directory; None for a directory that is not encrypted.
 
     Raises:
         CacheError: there is no cache, or it cannot be used. The message says why.
+        CacheKeyError: the key is missing or wrong.
     """
 
-    def __init__(self, root: Path, *, in_memory: bool = False) -> None:
+    def __init__(self, root: Path, *, in_memory: bool = False, key_file: Path | None = None) -> None:
         if not is_cache(root):
             raise CacheError(f"{root} holds no cache; use the directory of one")
         self.root = root
-        self._tier = create_file_tier(root, _NO_BUDGET, name="ram_file" if in_memory else "disk", watch=False)
+        self._tier = create_file_tier(
+            root, NO_BUDGET, name="ram_file" if in_memory else "disk", watch=False, key_file=key_file
+        )
         try:
             # Before `open`, which removes the files of ended processes.
             self._partials = set() if self._tier.read_only else _names_in(root / "partial")
@@ -311,6 +318,25 @@ class CacheFiles:
         for at in range(0, len(keys), _BATCH):
             self._tier.remove(keys[at : at + _BATCH])
         return BlockTotals(len(rows), sum(row.n_bytes for row in rows))
+
+    # --- keys -----------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> KeyState | None:
+        """The ids of the keys that the directory is encrypted with; None if it is not encrypted."""
+        return self._tier.keys
+
+    def file_name(self, block: Block) -> tuple[str, ContentKey | None]:
+        """Return the name of a block's file, and the key that a file of this name is encrypted with."""
+        return self._tier.file_name(block)
+
+    def key_of_name(self, name: bytes) -> tuple[bytes, ContentKey]:
+        """Return the key of the block whose encrypted key is `name`, and the key that encrypted it.
+
+        Raises:
+            CacheKeyError: no key of the key file has encrypted it.
+        """
+        return self._tier.key_of_name(name)
 
     # --- single blocks --------------------------------------------------------------------
 

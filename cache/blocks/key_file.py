@@ -16,7 +16,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from erllama.errors import CacheError
+from erllama.errors import CacheKeyError
 
 SECRET_BYTES = 32
 _MAX_FILE_BYTES = 64 * 1024
@@ -52,7 +52,7 @@ def read_key_file(path: str | os.PathLike[str]) -> SecretKeys:
     """Read a file of keys.
 
     Raises:
-        CacheError: the file is missing, can be read by others, or has a line that is not a key.
+        CacheKeyError: the file is missing, can be read by others, or has a line that is not a key.
     """
     path = Path(path)
     try:
@@ -60,11 +60,11 @@ def read_key_file(path: str | os.PathLike[str]) -> SecretKeys:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             content = file.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise CacheError(f"key file {path}: {error.strerror}; `erllama cache new-key` creates one") from error
+        raise CacheKeyError(f"key file {path}: {error.strerror}; `erllama cache new-key` creates one") from error
     if mode & 0o077:
-        raise CacheError(f"key file {path} has mode {mode:04o}, so others can read it; run `chmod 600 {path}`")
+        raise CacheKeyError(f"key file {path} has mode {mode:04o}, so others can read it; run `chmod 600 {path}`")
     if len(content) > _MAX_FILE_BYTES:
-        raise CacheError(f"key file {path} has more than {_MAX_FILE_BYTES} bytes; pass a file of keys")
+        raise CacheKeyError(f"key file {path} has more than {_MAX_FILE_BYTES} bytes; pass a file of keys")
     keys = []
     for number, line in enumerate(content.splitlines(), 1):
         line = line.strip()
@@ -74,12 +74,12 @@ def read_key_file(path: str | os.PathLike[str]) -> SecretKeys:
         try:
             key = bytes.fromhex(line.decode("ascii"))
         except ValueError:
-            raise CacheError(f"key file {path}, line {number}: not a key of 64 hexadecimal digits") from None
+            raise CacheKeyError(f"key file {path}, line {number}: not a key of 64 hexadecimal digits") from None
         if len(key) != SECRET_BYTES:
-            raise CacheError(f"key file {path}, line {number}: {len(key)} bytes; a key has {SECRET_BYTES}")
+            raise CacheKeyError(f"key file {path}, line {number}: {len(key)} bytes; a key has {SECRET_BYTES}")
         keys.append(key)
     if not keys:
-        raise CacheError(f"key file {path} has no key; `erllama cache new-key` writes one into a new file")
+        raise CacheKeyError(f"key file {path} has no key; `erllama cache new-key` writes one into a new file")
     return SecretKeys(tuple(keys))
 
 
@@ -87,7 +87,7 @@ def create_key_file(path: str | os.PathLike[str]) -> SecretKeys:
     """Write a file with a new random key, which only its owner can read.
 
     Raises:
-        CacheError: the file exists, or it cannot be created.
+        CacheKeyError: the file exists, or it cannot be created.
     """
     path = Path(path)
     key = secrets.token_bytes(SECRET_BYTES)
@@ -97,7 +97,7 @@ def create_key_file(path: str | os.PathLike[str]) -> SecretKeys:
             file.flush()
             os.fsync(file.fileno())
     except FileExistsError:
-        raise CacheError(f"key file {path} exists; its keys may be in use, so it is not overwritten") from None
+        raise CacheKeyError(f"key file {path} exists; its keys may be in use, so it is not overwritten") from None
     except OSError as error:
-        raise CacheError(f"key file {path}: {error.strerror}") from error
+        raise CacheKeyError(f"key file {path}: {error.strerror}") from error
     return SecretKeys((key,))

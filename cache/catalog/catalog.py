@@ -16,6 +16,7 @@ from typing import NamedTuple
 from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.keys import TOKEN_BYTES, child_key
 from erllama.cache.blocks.match import Row
+from erllama.cache.catalog.block_log import BlockChange, BlockChanges, BlockLog
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.catalog.ledger import TierLedger
 from erllama.cache.catalog.pin_book import PinBook
@@ -73,6 +74,7 @@ class BlockCatalog:
         self._numbers = count()
         self._block_size = block_size
         self._external: frozenset[str] = frozenset()  # names of the tiers that are cells of a context
+        self._logs: tuple[BlockLog, ...] = ()
         for tier in tiers:
             self.add_root(tier)
 
@@ -200,6 +202,8 @@ class BlockCatalog:
         self._ledgers[root.name].add(root, block, n_bytes, now)
         self._tree.add(block, root.name)
         self.update_version(root.name, block)
+        for log in self._logs:
+            log.record(root.name, block, stored=True)
 
     def update_version(self, place: str, block: Block) -> None:
         """Adopt the version of a block in this place, unless a faster place has a version of its own."""
@@ -219,6 +223,10 @@ class BlockCatalog:
     def drop(self, place: str, key: bytes) -> None:
         """Record that a place no longer holds a block."""
         if place in self._ledgers:
+            entry = self._tree.get(key) if self._logs else None
+            if entry is not None and place in entry.places:
+                for log in self._logs:
+                    log.record(place, entry.block, stored=False)
             self._ledgers[place].remove(key)
         self._tree.discard(key, place)
 
@@ -261,6 +269,32 @@ class BlockCatalog:
             ledger.record_use(key, used)
             self.update_version(tier.name, row.block)
         return True
+
+    # --- logs of changes --------------------------------------------------------------------
+
+    def add_log(self, log: BlockLog) -> None:
+        """Record the changes of blocks in a log from now on."""
+        log.restart()
+        self._logs = (*self._logs, log)
+
+    def remove_log(self, log: BlockLog) -> None:
+        """Record no further changes in a log. Ignores one that was not added."""
+        self._logs = tuple(other for other in self._logs if other is not log)
+
+    def read_log(self, log: BlockLog) -> BlockChanges:
+        """Return the changes in a log since the last call, or the whole content if the log was restarted."""
+        if not log.is_restarted:
+            return BlockChanges(log.take(), complete=False)
+        overflowed = log.overflowed
+        log.take()
+        wanted = [entry for entry in self._tree if log.wants(entry.block)]
+        changes = [
+            BlockChange(name, entry.block, stored=True)
+            for entry in wanted
+            for name in entry.places
+            if name != _PENDING
+        ]
+        return BlockChanges(changes, complete=True, overflowed=overflowed)
 
     # --- evicting --------------------------------------------------------------------------
 

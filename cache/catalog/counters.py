@@ -27,6 +27,18 @@ COUNTS = (
     "bytes_written",
     "pressure_evictions",
     "pins_refused",
+    "event_batches",
+    "event_overflows",
+    "event_replays",
+    "remote_reads",
+    "remote_reads_late",
+    "remote_reads_skipped",
+    "remote_bytes_read",
+    "remote_signatures_refused",
+    "remote_manifests_refused",
+    "remote_uploads_lost",
+    "remote_expired",
+    "remote_outages",
 )
 TIERS = ("live", "ram", "ram_file", "disk")  # always have counts, even if not in use
 TIMED = ("lookup", "load", "pack", "write")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import NamedTuple
+from itertools import takewhile
+from typing import NamedTuple, Protocol
+from weakref import WeakSet
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks.block import Block
@@ -21,9 +23,10 @@ from erllama.cache.catalog.ledger import TierLedger
 from erllama.cache.pipeline.evictor import Evictor
 from erllama.cache.pipeline.tier_writer import TierWriter
 from erllama.cache.pipeline.write_queue import WriteQueue
+from erllama.cache.remote.tier import RemoteTier
 from erllama.cache.tiers.tier import Tier
 from erllama.cache.uninterrupted import uninterrupted
-from erllama.errors import CacheFormatError
+from erllama.errors import CacheFormatError, RemoteError
 
 log = logger("erllama.cache")
 
@@ -33,7 +36,13 @@ _BATCH_BYTES = 1 << 20
 _BATCHES_AHEAD = 2  # one is read while the caller uses the last, and one waits, so that the reader never does
 
 
-class _Source(NamedTuple):
+class SupportsGet(Protocol):
+    """Blocks that were fetched for a request, by key."""
+
+    def get(self, key: bytes) -> Source | None: ...
+
+
+class Source(NamedTuple):
     """A loaded block, and where it was read from if it was not in memory."""
 
     loaded: Loaded
@@ -61,17 +70,25 @@ class Loader:
         self._queue, self._evictor, self._writer = queue, evictor, writer
         # One thread for all loads of this cache, started by the first one that reads ahead. Ends with this object.
         self._reader = self._new_reader()
+        self.fetches: WeakSet[SupportsGet] = WeakSet()
 
     @uninterrupted
-    def load(self, block: Block) -> Loaded | None:
+    def load(self, block: Block, local: bool = False) -> Loaded | None:
         """Read the payload of a block; see `Cache.load`."""
-        loaded = self._promote(self._read([block]))
+        if local:
+            with self._lock:
+                if not self._is_local(block):
+                    return None
+        loaded = self.promote(self._read([block]))
         return loaded[0] if loaded else None
 
-    def load_batches(self, blocks: Sequence[Block]) -> Generator[list[Loaded], None, None]:
+    def load_batches(self, blocks: Sequence[Block], local: bool = False) -> Generator[list[Loaded], None, None]:
         """Load blocks in order, a batch at a time; see `Cache.load_batches`."""
+        if local:
+            with self._lock:
+                blocks = list(takewhile(self._is_local, blocks))
         batches, process = self._batches(blocks), os.getpid()
-        ahead: deque[Future[list[_Source]] | None] = deque()
+        ahead: deque[Future[list[Source]] | None] = deque()
         try:
             for number, batch in enumerate(batches):
                 if os.getpid() != process:
@@ -88,16 +105,16 @@ class Loader:
                 self._withdraw(ahead)
 
     @uninterrupted
-    def _take(self, ahead: Future[list[_Source]] | None, batch: list[Block]) -> list[Loaded]:
+    def _take(self, ahead: Future[list[Source]] | None, batch: list[Block]) -> list[Loaded]:
         """Return the blocks of a batch, which may be read ahead."""
         # Promoted here, not by the reader, because tiers get a block after its parent. A read that has not begun is
         # withdrawn: the reader is busy with another load.
         if ahead is None or ahead.cancel():
-            return self._promote(self._read(batch))
-        return self._promote(ahead.result())
+            return self.promote(self._read(batch))
+        return self.promote(ahead.result())
 
     @uninterrupted
-    def _withdraw(self, reads: Iterable[Future[list[_Source]] | None]) -> None:
+    def _withdraw(self, reads: Iterable[Future[list[Source]] | None]) -> None:
         """Cancel reads, and wait for those that have begun: the caller unpins the blocks next."""
         wait([read for read in reads if read is not None and not read.cancel()])
 
@@ -108,7 +125,8 @@ class Loader:
         room = 0
         with self._lock:
             for block in blocks:
-                n_bytes = 0 if self._in_memory(block) is not None else self._bytes_to_read(block)
+                in_memory = self._fetched(block) is not None or self.in_memory(block) is not None
+                n_bytes = 0 if in_memory else self._bytes_to_read(block)
                 if not batches or n_bytes > room:
                     batches.append([])
                     room = _BATCH_BYTES
@@ -120,12 +138,23 @@ class Loader:
         """Return the size of a block in the tier that it will be read from. The caller holds the cache's lock."""
         return next((ledger.size_of(block.key) for ledger, _ in self._slow_holders(block)), 0)
 
+    def _is_local(self, block: Block) -> bool:
+        """Return whether a block can be loaded without waiting for a network. The caller holds the cache's lock."""
+        if self._fetched(block) is not None or self.in_memory(block) is not None:
+            return True
+        holders = self._slow_holders(block)
+        return bool(holders) and not isinstance(holders[0][1], RemoteTier)
+
+    def _fetched(self, block: Block) -> Source | None:
+        """Return a block that was fetched, and still belongs to a request."""
+        return next((found for fetch in list(self.fetches) if (found := fetch.get(block.key)) is not None), None)
+
     def _slow_holders(self, block: Block) -> list[tuple[TierLedger, Tier]]:
         """Return the tiers slower than RAM that hold a block. The caller holds the cache's lock."""
         return [holder for holder in self._catalog.holders(block.key) if holder[0].write_behind]
 
     @uninterrupted
-    def _read_ahead(self, batch: list[Block]) -> Future[list[_Source]] | None:
+    def _read_ahead(self, batch: list[Block]) -> Future[list[Source]] | None:
         try:
             return self._reader.submit(self._read, batch)
         except RuntimeError:  # no thread can start, or the interpreter is exiting
@@ -136,20 +165,24 @@ class Loader:
         return ThreadPoolExecutor(1, "erllama-cache-reader")
 
     @uninterrupted
-    def _read(self, blocks: Sequence[Block]) -> list[_Source]:
+    def _read(self, blocks: Sequence[Block]) -> list[Source]:
         """Read blocks up to the first one that cannot be read."""
-        read: list[_Source] = []
+        read: list[Source] = []
         with self._counters.timing("load"):
             with self._lock:
-                places = [self._in_memory(block) or self._slow_holders(block) for block in blocks]
+                places = [
+                    self._fetched(block) or self.in_memory(block) or self._slow_holders(block) for block in blocks
+                ]
             for block, place in zip(blocks, places, strict=True):
-                if isinstance(place, Loaded):
-                    read.append(_Source(place, None, None))
-                    continue
-                found = next(filter(None, (self._read_from(*holder, block) for holder in place)), None)
-                if found is None:
-                    break
-                read.append(found)
+                if isinstance(place, Source):  # its fetch stores it in faster tiers
+                    read.append(Source(place.loaded, None, None))
+                elif isinstance(place, Loaded):
+                    read.append(Source(place, None, None))
+                else:
+                    found = next(filter(None, (self.read_from(*holder, block) for holder in place)), None)
+                    if found is None:
+                        break
+                    read.append(found)
         return read
 
     def reject(self, block: Block, error: Exception) -> None:
@@ -164,7 +197,7 @@ class Loader:
                 if ledger.write_behind:
                     self._evictor.remove_later(tier, block)
 
-    def _in_memory(self, block: Block) -> Loaded | None:
+    def in_memory(self, block: Block) -> Loaded | None:
         """Return the payload in RAM or in the write queue. The caller holds the cache's lock."""
         in_ram = self._catalog.read_from_ram(block)
         if in_ram is not None:
@@ -172,10 +205,20 @@ class Loader:
         pending = self._queue.get(block.key)
         return Loaded("ram", pending.payload.toreadonly(), pending.block) if pending is not None else None
 
-    def _read_from(self, ledger: TierLedger, tier: Tier, block: Block) -> _Source | None:
-        """Read a block from one tier. On a failure, drop it there or mark it as unreadable."""
+    def read_from(
+        self,
+        ledger: TierLedger,
+        tier: Tier,
+        block: Block,
+        read: Callable[[Block], tuple[Block, memoryview]] | None = None,
+    ) -> Source | None:
+        """Read a block from one tier. On a failure, drop it there or mark it as unreadable.
+
+        Args:
+            read: reads it; None for `Tier.read`.
+        """
         try:
-            found, payload = tier.read(block)
+            found, payload = (read or tier.read)(block)
             if found.key != block.key:
                 raise CacheFormatError("the tier returned a different block")
         except CacheFormatError as error:
@@ -185,6 +228,10 @@ class Loader:
         except FileNotFoundError:
             log.info("%s is gone", tier.location_of(block))
             self._evictor.remove_later(tier, block)
+        except RemoteError as error:
+            # The tier reports the service's failure itself. The block is still there.
+            log.info("%s cannot be read: %s", tier.location_of(block), error)
+            self._counters.add("disk_errors")
         except Exception as error:
             log.warning("%s cannot be read: %s", tier.location_of(block), error)
             self._counters.add("disk_errors")
@@ -193,11 +240,11 @@ class Loader:
                 if ledger.root_of(block.key) is tier:
                     ledger.unreadable.add(block.key)
         else:
-            return _Source(Loaded(ledger.name, payload.toreadonly(), found), ledger, tier)
+            return Source(Loaded(ledger.name, payload.toreadonly(), found), ledger, tier)
         return None
 
     @uninterrupted
-    def _promote(self, blocks: Sequence[_Source]) -> list[Loaded]:
+    def promote(self, blocks: Sequence[Source]) -> list[Loaded]:
         """Store blocks in the faster tiers, unless a newer version was saved while they were read; return them."""
         read = [(source.loaded, source.ledger, source.tier) for source in blocks if source.ledger is not None]
         if read:
@@ -205,7 +252,7 @@ class Loader:
                 for loaded, ledger, tier in read:
                     block = loaded.block
                     ledger.unreadable.discard(block.key)
-                    if ledger.root_of(block.key) is tier and self._in_memory(block) is None:
+                    if ledger.root_of(block.key) is tier and self.in_memory(block) is None:
                         self._catalog.update_version(ledger.name, block)
                         if self._catalog.store_in_ram(block, loaded.payload):
                             self._counters.add("promotions")

@@ -28,10 +28,12 @@ class MemoryDirectory:
     Args:
         watch: notice files that others add to the directory or remove from it.
         cache_id: the id of the cache.
+        key_file: file of the keys that encrypt the directory; None for no encryption.
     """
 
-    def __init__(self, tiers: TierSet, feed: ChangeFeed, watch: bool, cache_id: str) -> None:
+    def __init__(self, tiers: TierSet, feed: ChangeFeed, watch: bool, cache_id: str, key_file: Path | None) -> None:
         self._tiers, self._feed, self._watch, self._cache_id = tiers, feed, watch, cache_id
+        self._key_file = key_file
 
     def ensure(self, directory: str | Path | None, budget: int) -> bool:
         """Add the directory, unless the cache has a writable one. Logs why it cannot be used.
@@ -60,7 +62,7 @@ class MemoryDirectory:
         return True
 
     def _add(self, root: Root, files: list[FileTier]) -> None:
-        tier = FileTier(root.path, root.budget, name=root.tier, watch=self._watch)
+        tier = FileTier(root.path, root.budget, name=root.tier, watch=self._watch, key_file=self._key_file)
         tier.use_for(self._cache_id)
         try:
             check_separate([*(Root(other.name, other.root, other.budget) for other in files), root])

@@ -70,6 +70,9 @@ class CacheReport:
         """Return the counters, and the bytes and blocks of each tier."""
         found = self._counters.snapshot()
         found["corrupt_files"] += sum(tier.damaged for tier in self._tiers)
+        for tier in self._tiers:
+            for name, n in tier.counts().items():
+                found[name] = found.get(name, 0) + n
         ledgers = self._catalog.ledgers()
         for name in dict.fromkeys((*TIERS, *ledgers)):
             ledger = ledgers.get(name)

@@ -202,12 +202,12 @@ class TierSet:
         return tier not in self._errors and tier.usable
 
     def error_of(self, tier: Tier) -> CacheError | None:
-        """Return why a tier cannot be used; None if it can."""
-        return self._errors.get(tier)
+        """Return why a tier cannot be used, or does not serve now; None if it does."""
+        return self._errors.get(tier) or tier.problem
 
     def first_error(self) -> CacheError | None:
-        """Return why one of the tiers cannot be used; None if all can."""
-        return next(iter(self._errors.values()), None)
+        """Return why one of the tiers cannot be used, or does not serve now; None if all do."""
+        return next(iter(self._errors.values()), None) or next(filter(None, (t.problem for t in self._tiers)), None)
 
     # --- keeping the catalog in line -------------------------------------------------------------
 
@@ -294,6 +294,16 @@ class TierSet:
         return [(key, at) for key, at in uses.items() if ledger.root_of(key) is tier]
 
     # --- closing ---------------------------------------------------------------------------------
+
+    def flush(self, timeout: float | None) -> bool:
+        """Wait until the tiers have stored what they received; False if one fails, or `timeout` is too short."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        complete = True
+        for tier in self.write_behind_tiers():
+            with self.guard("flushing", tier, changes=False):
+                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+                complete = (not self.readable(tier) or tier.flush(left)) and complete
+        return complete
 
     def close(self) -> None:
         """Write the waiting saves, unless that takes too long, and close all tiers. Idempotent."""

@@ -269,6 +269,7 @@ class WriteQueue:
         """Stop forever, as if the process had ended. Waiting work is lost."""
         with self._condition:
             self._abandoned = True
+            self._current_serial = 0  # of a thread that a simulated crash has ended
             self._pending.clear()
             self._for_immediate.clear()
             self._tasks.clear()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from erllama.cache.options import Root
+from erllama.cache.remote.options import RemoteOptions
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.checks import encodable
 
@@ -35,6 +36,8 @@ class CacheSpec:
         write_queue: maximum bytes that may wait for the slower tiers.
         watch: notice files that others put into the directories or remove from them.
         pin_quota: maximum bytes that the pins of a tier may protect; None for half of its budget.
+        remote: the remote tier; None for none.
+        key_file: file of the keys that encrypt the directories; None for no encryption. The other process reads it.
     """
 
     ram: int
@@ -43,15 +46,20 @@ class CacheSpec:
     write_queue: int
     watch: bool
     pin_quota: int | None = None
+    remote: RemoteOptions | None = None
+    key_file: str | None = None
 
     def as_plain(self) -> dict[str, Any]:
         """Return the fields as numbers, texts, lists, tuples and booleans, by name."""
-        return asdict(self) | {"roots": [tuple(root) for root in self.roots]}
+        plain = asdict(self) | {"roots": [tuple(root) for root in self.roots]}
+        return plain | {"remote": None if self.remote is None else self.remote.as_plain()}
 
     @classmethod
     def of_plain(cls, plain: Mapping[str, Any]) -> CacheSpec:
         """Return the spec that `as_plain` was called on."""
-        return cls(**{**plain, "roots": tuple(RootSpec(*root) for root in plain["roots"])})
+        roots = tuple(RootSpec(*root) for root in plain["roots"])
+        remote = None if plain["remote"] is None else RemoteOptions(*plain["remote"])
+        return cls(**{**plain, "roots": roots, "remote": remote})
 
     def as_roots(self) -> list[Root]:
         """Return the directories as options of a cache."""

@@ -1,7 +1,7 @@
 """Layout of a cache directory, and the locks by which processes share it.
 
     <root>/index.db       the list of the stored blocks
-    <root>/blocks/        one file per block, named by its key
+    <root>/blocks/        one file per block, named by its key, or by its encrypted key
     <root>/partial/       files being written
     <root>/owners/        one locked file for every process that has the directory open
     <root>/damaged/       the last few files that were invalid
@@ -20,7 +20,6 @@ import contextlib
 import fcntl
 import itertools
 import os
-import re
 import secrets
 import stat
 import time
@@ -31,13 +30,11 @@ import psutil
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
-from erllama.cache.blocks.keys import KEY_BYTES
+from erllama.cache.tiers.file_names import BLOCK_FILE, INDEX_NAME
 from erllama.errors import CacheError
 
 log = logger("erllama.cache")
 
-INDEX_NAME = "index.db"
-BLOCK_FILE = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}{re.escape(kvc.SUFFIX)}")  # the key in hex
 # Names of a cache, and of what else the user's cache directory contains. The mode of a directory with other names
 # in it is not changed.
 _OWN_NAMES = {"blocks", "partial", "owners", "damaged", "llama", "models", "responses.sqlite", "signing-key"}
@@ -325,16 +322,6 @@ def _ensure_private(path: Path) -> None:
 
 
 # --- block files -----------------------------------------------------------------------------
-
-
-def block_path(root: Path, key: bytes) -> Path:
-    """Return the path of a block's file."""
-    return root / "blocks" / f"{key.hex()}{kvc.SUFFIX}"
-
-
-def block_key(name: str) -> bytes | None:
-    """Return the key in a file name; None if it is not the name of a block file."""
-    return bytes.fromhex(name.removesuffix(kvc.SUFFIX)) if BLOCK_FILE.fullmatch(name) else None
 
 
 def is_gone(path: Path) -> bool:

@@ -15,28 +15,43 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
+from erllama.cache.blocks.encryption import ContentKey, Encryption
 from erllama.cache.blocks.pins import PinRecord
 from erllama.cache.texts.text_tokens import TextDigests, TextRecord
 from erllama.cache.tiers.changed_files import ChangedFiles
-from erllama.cache.tiers.directory import block_key, block_path, is_gone, warn_about_file_system
+from erllama.cache.tiers.directory import is_gone, warn_about_file_system
+from erllama.cache.tiers.file_names import block_name, block_path
 from erllama.cache.tiers.index_schema import may_show_damage
+from erllama.cache.tiers.key_state import KeyState
 from erllama.cache.tiers.open_directory import OpenDirectory
 from erllama.cache.tiers.reconciler import Reconciler, is_fault_of_file
+from erllama.cache.tiers.row_codec import BLOCK
 from erllama.cache.tiers.sqlite_index import FileStamp, Index
 from erllama.cache.tiers.tier import Changes, Problem, SimulatedCrash, Tier, TierRow
 from erllama.cache.tiers.watch import DirectoryWatch
-from erllama.errors import CacheError, CacheFormatError
+from erllama.errors import CacheError, CacheFormatError, CacheKeyError
 
 T = TypeVar("T")
 
 log = logger("erllama.cache")
 
 _TEXT_BYTES = 64 << 20  # of texts and their tokens: about a thousandth of the KV of as many tokens
+
+
+class _Place(NamedTuple):
+    """Where the file of a block may be: its name and path, and the key that it is encrypted with."""
+
+    name: bytes
+    path: Path
+    content_key: ContentKey | None
 
 
 class FileTier(Tier):
@@ -48,16 +63,28 @@ class FileTier(Tier):
             written.
         name: "ram_file" for a directory in memory, whose files need not be made durable.
         watch: notice files that others add to the directory or remove from it.
+        key_file: file of the keys that encrypt the directory; None for a directory that is not encrypted.
 
     Raises (from `open`):
         CacheError: the directory is not private to this user, is a link, lies in another cache, cannot be locked or
             shared, or its index is of a newer release.
+        CacheKeyError: the key is missing or wrong, or the directory is not encrypted. The directory is not changed.
         OSError, sqlite3.Error: the directory cannot be used.
     """
 
-    def __init__(self, root: Path, budget: int, *, name: str = "disk", watch: bool = True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        budget: int,
+        *,
+        name: str = "disk",
+        watch: bool = True,
+        key_file: Path | None = None,
+    ) -> None:
         super().__init__(name, budget)
         self.root = root
+        self._key_file = key_file
+        self._encryption: Encryption | None = None  # the keys in use, while the directory is open
         self._durable = name != "ram_file"
         self._watching = watch
         self._watch: DirectoryWatch | None = None
@@ -81,14 +108,46 @@ class FileTier(Tier):
 
     def open(self) -> None:
         try:
-            self._open_directory.open(self._prepare)
+            self._open_directory.open(self._prepare, self._keys_of_file())
         except BaseException:
             self._stop_watch()
             raise
         warn_about_file_system(self.root, in_memory=not self._durable)
 
+    def _keys_of_file(self) -> Encryption | None:
+        return None if self._key_file is None else Encryption.of_file(self._key_file)
+
+    @property
+    def keys(self) -> KeyState | None:
+        """The ids of the keys that the directory is encrypted with; None if it is not encrypted or not open."""
+        if self._encryption is None:
+            return None
+        current = self._encryption.current.key_id
+        return KeyState(current, self._encryption.key_ids - {current})
+
+    def file_name(self, block: Block) -> tuple[str, ContentKey | None]:
+        """Return the name of a block's file under the current key, and that key; None without encryption."""
+        place = self._places(block.key)[-1]
+        return place.path.name, place.content_key
+
+    def key_of_name(self, name: bytes) -> tuple[bytes, ContentKey]:
+        """Return the key of the block whose encrypted key is `name`, and the key that encrypted it.
+
+        Raises:
+            CacheKeyError: no key of the key file has encrypted it.
+        """
+        encryption = self._keys_of_file()
+        if encryption is None:
+            raise CacheKeyError(f"the block is encrypted, and {self.root} is not; use an encrypted directory")
+        found = encryption.find(name, BLOCK)
+        if found is None:
+            raise CacheKeyError(f"the block is encrypted with a key that {encryption.source} does not have")
+        return found
+
     def _prepare(self) -> None:
         self._stop_watch()
+        with self._using() as index:
+            self._encryption = index.encryption
         if self._watching:
             # Before the files are compared: a change in between is then noticed twice rather than never.
             self._watch = DirectoryWatch(self._open_directory.directory.blocks, self._changed_files.add)
@@ -124,6 +183,9 @@ class FileTier(Tier):
             return None
         try:
             return read(index)
+        except CacheKeyError:
+            self._open_directory.note_rotation()
+            raise
         except sqlite3.Error as error:
             if may_show_damage(error):
                 self._open_directory.note_damage(error)
@@ -148,7 +210,7 @@ class FileTier(Tier):
             return index.rows()
 
     def size(self, block: Block, payload_bytes: int) -> int:
-        return kvc.header_bytes(block.n_tokens) + payload_bytes
+        return kvc.file_bytes(block.n_tokens, payload_bytes, encrypted=self._key_file is not None)
 
     def holds(self, key: bytes) -> bool:
         """Return whether the index lists a block."""
@@ -156,73 +218,91 @@ class FileTier(Tier):
             return index.stamp(key) is not None
 
     def path_of(self, key: bytes) -> Path:
-        """Return the path of a block's file."""
-        return block_path(self.root, key)
+        """Return the path of a block's file, in a directory whose keys are not being rotated."""
+        return self._places(key)[-1].path
+
+    def _places(self, key: bytes) -> list[_Place]:
+        """Return where the file of a block may be. While keys are rotated, that under the current key is last."""
+        encryption = self._encryption
+        if encryption is None:
+            return [_Place(key, block_path(self.root, key), None)]
+        keys = [(each.name(key, BLOCK), each) for each in reversed(encryption.keys)]
+        return [_Place(name, block_path(self.root, name), content_key) for name, content_key in keys]
 
     def write(self, block: Block, payload: memoryview) -> None:
-        directory, final = self._open_directory.directory, self.path_of(block.key)
+        self.write_used(block, payload, time.time_ns())
+
+    def write_used(self, block: Block, payload: memoryview, last_used: int) -> None:
+        """Write a block as `write` does. `last_used`: when it was last used, in ns since 1970."""
+        directory, final = self._open_directory.directory, self._places(block.key)[-1]
         partial, older = directory.new_partial(), directory.new_partial()
-        published = replaced = False
+        replaced: Path | None = None
+        published = False
         try:
             self._step("reserved")
-            kvc.write(partial, block, payload, durable=self._durable)
+            kvc.write(partial, block, payload, durable=self._durable, content_key=final.content_key)
             self._step("written")
             with self._using() as index, index.transaction():
                 if index.reserved_by(block.key) != directory.owner:
                     raise CacheError("another process removed the reservation, because it took this one for ended")
-                if index.stamp(block.key) is not None:
+                listed = index.listed_name(block.key)
+                if listed is not None:
                     with contextlib.suppress(OSError):
-                        os.link(final, older)
-                        replaced = True
-                    partial.rename(final)
+                        os.link(block_path(self.root, listed), older)
+                        replaced = block_path(self.root, listed)
+                    partial.rename(final.path)
                 elif self._has_same_version(final, block):
                     partial.unlink()
                 else:
-                    partial.rename(final)
+                    partial.rename(final.path)
                 published = True
                 self._step("published")
-                index.put(block, FileStamp.of(final), time.time_ns())
-                if not replaced:
+                if listed is not None and listed != final.name:  # it was encrypted with an old key
+                    block_path(self.root, listed).unlink(missing_ok=True)
+                    index.remove_names([listed])
+                index.put(block, FileStamp.of(final.path), last_used, final.content_key)
+                if replaced is None:
                     index.release(block.key, directory.owner)
         except SimulatedCrash:
             raise  # tests end a write as if the process had been killed: no cleanup
         except BaseException:
-            self._undo_write(final if published else partial, older, final)
+            self._undo_write(final.path if published else partial, older, replaced)
             with contextlib.suppress(CacheError, OSError, sqlite3.Error), self._using() as index:
                 index.release(block.key, directory.owner)
             raise
-        if replaced:  # the reservation counts the older version's bytes until its last link is removed
+        if replaced is not None:  # the reservation counts the older version's bytes until its last link is removed
             older.unlink(missing_ok=True)
             with self._using() as index:
                 index.release(block.key, directory.owner)
 
-    def _undo_write(self, written: Path, older: Path, final: Path) -> None:
+    def _undo_write(self, written: Path, older: Path, replaced: Path | None) -> None:
         """Remove the written file and restore the older one: no budget counts a file that the index lacks."""
         with contextlib.suppress(OSError):
             written.unlink()
-        with contextlib.suppress(OSError):
-            older.rename(final)
+        if replaced is not None:
+            with contextlib.suppress(OSError):
+                older.rename(replaced)
 
     def _step(self, name: str) -> None:
         """Mark a step of `write`. Tests override it to end the process there."""
 
-    def _has_same_version(self, final: Path, block: Block) -> bool:
+    def _has_same_version(self, final: _Place, block: Block) -> bool:
         """Return whether a file that the index lacks holds the same version; quarantine an invalid file."""
         try:
-            found, _ = kvc.read(final)
+            found, _ = kvc.read(final.path, final.content_key)
         except FileNotFoundError:
             return False
         except (CacheFormatError, OSError) as error:
             if not is_fault_of_file(error):
                 raise
-            log.warning("%s: %s; replaced", final, error)
+            log.warning("%s: %s; replaced", final.path, error)
             self.damaged += 1
-            self._open_directory.directory.quarantine(final)
+            self._open_directory.directory.quarantine(final.path)
             return False
         return (found.key, found.recipe, found.slice_end) == (block.key, block.recipe, block.slice_end)
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
-        found, payload = kvc.read(self.path_of(block.key))
+        found, payload = self._read_file(block.key)
         # The file is valid. The index must describe the same block, down to every token.
         if (found.key, found.parent, found.namespace, found.start, found.tokens) != (
             block.key,
@@ -234,6 +314,13 @@ class FileTier(Tier):
             raise CacheFormatError("the file contains another block than the index says")
         return found, payload.data
 
+    def _read_file(self, key: bytes) -> tuple[Block, NDArray[np.uint8]]:
+        *olds, current = self._places(key)
+        for place in olds:
+            with contextlib.suppress(FileNotFoundError):
+                return kvc.read(place.path, place.content_key)
+        return kvc.read(current.path, current.content_key)
+
     def remove(self, keys: Sequence[bytes]) -> None:
         """Remove rows and files in one transaction, so that the index never counts fewer bytes than there are."""
         if not keys:
@@ -242,14 +329,15 @@ class FileTier(Tier):
         with self._using() as index, index.transaction():
             for key in keys:
                 try:
-                    self.path_of(key).unlink(missing_ok=True)
+                    for place in self._places(key):
+                        place.path.unlink(missing_ok=True)
                 except OSError as error:
                     failure = error
                 except BaseException as error:  # the index must reflect the removals so far
                     failure = error
                     break
             if failure is not None:  # files that may still exist stay in the index and count towards the budget
-                keys = [key for key in keys if is_gone(self.path_of(key))]
+                keys = [key for key in keys if all(is_gone(place.path) for place in self._places(key))]
             index.remove(keys)
         if failure is not None:
             raise failure
@@ -257,8 +345,9 @@ class FileTier(Tier):
     def quarantine(self, block: Block) -> None:
         with self._using() as index, index.transaction():
             index.remove([block.key])
-            with contextlib.suppress(FileNotFoundError):
-                self._open_directory.directory.quarantine(self.path_of(block.key))
+            for place in self._places(block.key):
+                with contextlib.suppress(FileNotFoundError):
+                    self._open_directory.directory.quarantine(place.path)
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         with self._using() as index:
@@ -403,26 +492,27 @@ class FileTier(Tier):
         """Verify as `Tier.verify` describes. `on_read` is called with the bytes of each file that was read."""
         with self._using() as index:
             rows = {row.block.key: row for row in index.peek_rows()}
+            names = set(index.stamps())
         for key, row in rows.items():
             try:
                 self.read(row.block)
                 with self._using() as index:
                     stamp = index.stamp(key)
-                if stamp is not None and stamp != FileStamp.of(self.path_of(key)):
+                if stamp is not None and stamp not in self._stamps(key):
                     raise CacheFormatError("the file is not the one that the index lists")
-            except (CacheFormatError, OSError) as error:
+            except (CacheFormatError, CacheKeyError, OSError) as error:
                 with self._using() as index:
                     if index.stamp(key) is not None:  # not evicted meanwhile
                         yield Problem(self.name, str(self.path_of(key)), str(error))
             on_read(row.n_bytes)
         directory = self._open_directory.directory
         for entry in list(directory.block_files()):
-            key_of_file = block_key(entry.name)
-            if key_of_file in rows:
+            name = block_name(entry.name)
+            if name in names:
                 continue
             # In a transaction: the file of a write in progress is in place shortly before its row.
             with self._using() as index, index.transaction():
-                stamp = index.stamp(key_of_file) if key_of_file is not None else None
+                stamp = index.stamp_of(name) if name is not None else None
                 unknown = stamp is None and os.path.lexists(entry.path)
             if unknown:
                 yield Problem(self.name, entry.path, "the index does not list it")
@@ -430,18 +520,26 @@ class FileTier(Tier):
             if not directory.is_alive(directory.owner_of(path)):
                 yield Problem(self.name, str(path), "an ended process left it")
 
+    def _stamps(self, key: bytes) -> list[FileStamp]:
+        """Return the stamps of the files of a block; several only while keys are rotated."""
+        found = []
+        for place in self._places(key):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(FileStamp.of(place.path))
+        return found
+
     def check(self) -> Iterator[Problem]:
         # Only bytes that no budget counts. A removed or truncated file shows when it is used.
         directory = self._open_directory.directory
         with self._using() as index:
             stamps = index.stamps()
         for entry in list(directory.block_files()):
-            key = block_key(entry.name)
-            if key is None:
+            name = block_name(entry.name)
+            if name is None:
                 continue  # `verify` reports it
             with contextlib.suppress(FileNotFoundError):
                 n_bytes = FileStamp.of(Path(entry.path)).n_bytes
-                counted = stamps[key].n_bytes if key in stamps else None
+                counted = stamps[name].n_bytes if name in stamps else None
                 if counted is None:
                     yield Problem(self.name, entry.path, f"{n_bytes} bytes that the index does not list")
                 elif n_bytes > counted:

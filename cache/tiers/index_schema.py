@@ -23,6 +23,7 @@ from erllama.errors import CacheError
 log = logger("erllama.cache")
 
 SCHEMA_VERSION = 6
+ENCRYPTED_VERSION = 7  # the tables of version 6 with encrypted columns, and the table `encryption`
 TEXTS_SINCE = 5  # the oldest version whose tables of texts are those of today
 _BUSY_SECONDS = 10.0  # how long a writer waits for another process
 # Primary result codes of a damaged schema that other faults have, too.
@@ -66,16 +67,18 @@ def check_version(path: Path, connection: sqlite3.Connection) -> int:
         CacheError: it is newer than this release.
     """
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    if version > SCHEMA_VERSION:
+    if version > ENCRYPTED_VERSION:
         raise CacheError(
-            f"{path} has version {version}; this release reads up to {SCHEMA_VERSION}. "
+            f"{path} has version {version}; this release reads up to {ENCRYPTED_VERSION}. "
             "Upgrade erllama, or use another directory"
         )
     return version
 
 
-def create_tables(db: sqlite_utils.Database, version: int = 0) -> None:
+def create_tables(db: sqlite_utils.Database, version: int = 0, *, encrypted: bool = False) -> None:
     """Create the tables that a database of a version lacks. Tables of texts in an older form become empty."""
+    if encrypted:
+        db.execute("CREATE TABLE IF NOT EXISTS encryption (key_id BLOB PRIMARY KEY, current INTEGER NOT NULL)")
     db.table("blocks").create(
         {
             "key": bytes,
@@ -152,7 +155,8 @@ def is_damaged(path: Path) -> bool:
     """
     try:
         with contextlib.closing(connect(path, wait=True)) as connection:
-            if int(connection.execute("PRAGMA user_version").fetchone()[0]) != SCHEMA_VERSION:
+            version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+            if version not in (SCHEMA_VERSION, ENCRYPTED_VERSION):
                 return False  # opening migrates it, or refuses it
             found = set(connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall())
             sound = connection.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
@@ -160,14 +164,14 @@ def is_damaged(path: Path) -> bool:
         if not shows_damage(error):
             raise
         return True
-    return not sound or not _expected_schema() <= found
+    return not sound or not _expected_schema(version == ENCRYPTED_VERSION) <= found
 
 
 @functools.cache
-def _expected_schema() -> set[tuple[str, str, str]]:
+def _expected_schema(encrypted: bool) -> set[tuple[str, str, str]]:
     """Return the rows of `sqlite_master` in a database that this release creates."""
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
-        create_tables(sqlite_utils.Database(connection, execute_plugins=False))
+        create_tables(sqlite_utils.Database(connection, execute_plugins=False), encrypted=encrypted)
         rows = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
     return {row for row in rows if not row[1].startswith("sqlite_")}
 

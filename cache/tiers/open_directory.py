@@ -12,10 +12,12 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from erllama.cache.blocks.encryption import Encryption
 from erllama.cache.tiers.directory import CacheDirectory, new_cache_id
 from erllama.cache.tiers.index_schema import is_damaged, may_show_damage, quarantine, shows_damage
+from erllama.cache.tiers.key_state import remove_empty_index
 from erllama.cache.tiers.sqlite_index import Index
-from erllama.errors import CacheError
+from erllama.errors import CacheError, CacheKeyError
 
 
 class OpenDirectory:
@@ -38,10 +40,13 @@ class OpenDirectory:
         """Whether the index is open, and no use has found it damaged or replaced."""
         return self._index is not None and not self._unusable
 
-    def open(self, prepare: Callable[[], None]) -> None:
+    def open(self, prepare: Callable[[], None], encryption: Encryption | None = None) -> None:
         """Lock the directory, open its index, and call `prepare`, which makes the index fit the files.
 
         A damaged index is moved aside and replaced by a new one, once.
+
+        Args:
+            encryption: the keys that the directory may be encrypted with; None if it is not encrypted.
 
         Raises:
             CacheError, OSError, sqlite3.Error: as of `FileTier.open`.
@@ -53,7 +58,7 @@ class OpenDirectory:
             if damage is not None and (shows_damage(damage) or is_damaged(directory.index)):
                 quarantine(directory.index, damage)
             try:
-                self._open_index(directory)
+                self._open_index(directory, encryption)
                 prepare()
             except sqlite3.Error as error:
                 self.close()
@@ -61,16 +66,18 @@ class OpenDirectory:
                     raise
                 quarantine(directory.index, error)
                 directory = CacheDirectory(self.root, self.cache_id)
-                self._open_index(directory)
+                self._open_index(directory, encryption)
                 prepare()
         except BaseException:
             self.close()
             directory.leave()
             raise
 
-    def _open_index(self, directory: CacheDirectory) -> None:
+    def _open_index(self, directory: CacheDirectory, encryption: Encryption | None) -> None:
         self._directory = directory
-        self._index, self._unusable = Index(directory.index), False
+        if encryption is not None and directory.index.exists() and not directory.sharers():
+            remove_empty_index(self.root)
+        self._index, self._unusable = Index(directory.index, encryption), False
 
     def close(self) -> None:
         """Close the index and release the lock. Idempotent."""
@@ -111,9 +118,13 @@ class OpenDirectory:
 
         Raises:
             CacheError: the directory is not open, or it was removed or replaced.
+            CacheKeyError: its keys were rotated. `usable` is then False, too.
         """
         try:
             yield self._checked_index()
+        except CacheKeyError:
+            self.note_rotation()
+            raise
         except UnicodeDecodeError as error:
             self.note_damage(error)
             raise CacheError(f"the index of {self.root} is damaged: {error}") from error
@@ -125,6 +136,10 @@ class OpenDirectory:
     def note_damage(self, error: Exception) -> None:
         """Record an error that a damaged index may have caused."""
         self._unusable, self._damage = True, error
+
+    def note_rotation(self) -> None:
+        """Record that another process has rotated the keys. The next `open` reads them again."""
+        self._unusable = True
 
     def _checked_index(self) -> Index:
         index = self.unchecked_index

@@ -27,15 +27,18 @@ from urllib.parse import quote
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
+from erllama.cache.blocks.encryption import Encryption
 from erllama.cache.blocks.pins import PinRecord
 from erllama.cache.texts.text_tokens import TextDigests, TextRecord
-from erllama.cache.tiers.directory import INDEX_NAME
+from erllama.cache.tiers.file_names import INDEX_NAME, block_name
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.index_schema import TEXTS_SINCE, check_version
-from erllama.cache.tiers.sqlite_index import FileStamp, Index, read_blocks
+from erllama.cache.tiers.key_state import restrict, state_of_files
+from erllama.cache.tiers.row_codec import BLOCK, RowCodec
+from erllama.cache.tiers.sqlite_index import FileStamp, Index
 from erllama.cache.tiers.text_table import TextTable
 from erllama.cache.tiers.tier import Changes, Problem, TierRow
-from erllama.errors import CacheError, CacheFormatError
+from erllama.errors import CacheError, CacheFormatError, CacheKeyError
 
 log = logger("erllama.cache")
 
@@ -51,12 +54,18 @@ def is_read_only(root: Path) -> bool:
 
 
 def create_file_tier(
-    root: Path, budget: int, *, name: str = "disk", watch: bool = True, read_only: bool = False
+    root: Path,
+    budget: int,
+    *,
+    name: str = "disk",
+    watch: bool = True,
+    read_only: bool = False,
+    key_file: Path | None = None,
 ) -> FileTier:
     """Return the tier for a directory: a read-only one if `read_only` is set or the directory is not writable."""
     if read_only or is_read_only(root):
-        return ReadOnlyFileTier(root, budget, name=name)
-    return FileTier(root, budget, name=name, watch=watch)
+        return ReadOnlyFileTier(root, budget, name=name, key_file=key_file)
+    return FileTier(root, budget, name=name, watch=watch, key_file=key_file)
 
 
 class ReadOnlyIndex(Index):
@@ -64,11 +73,15 @@ class ReadOnlyIndex(Index):
 
     Raises:
         CacheError: the database is of a newer release.
+        CacheKeyError: as of `Index`.
         sqlite3.Error: the database cannot be read, or is of a release before version 3.
     """
 
-    def __init__(self, path: Path) -> None:  # does not call super().__init__(), which writes
+    # does not call super().__init__(), which writes
+    def __init__(self, path: Path, encryption: Encryption | None = None) -> None:
         self.path = path
+        self._all_keys = encryption
+        self.codec, self._keys = RowCodec(), None
         self._lock = threading.RLock()
         self._read_lock = threading.Lock()
         self._copy: tempfile.TemporaryDirectory[str] | None = None
@@ -80,13 +93,14 @@ class ReadOnlyIndex(Index):
             if version < _FIRST_READABLE:
                 raise sqlite3.DatabaseError(f"{path} has version {version}")
             self._has_texts = version >= TEXTS_SINCE
+            self._use_keys(self._reader)
             self._last_data_version = self._data_version()
             self._initial_rows: list[TierRow] | None
-            self._last_change, self._initial_rows = read_blocks(self._reader)
+            self._last_change, self._initial_rows = self._read_blocks(self._reader)
         except BaseException:
             self.close()
             raise
-        self.texts = TextTable(self._reader, self._read)
+        self.texts = TextTable(self._reader, self._read, self.codec)
         self.inode = path.stat().st_ino
 
     def _connect(self) -> sqlite3.Connection:
@@ -112,7 +126,7 @@ class ReadOnlyIndex(Index):
 
     def peek_rows(self) -> list[TierRow]:
         with self._read_lock:
-            return read_blocks(self._reader)[1]
+            return self._read_blocks(self._reader)[1]
 
     def fingerprint(self, identity: str) -> str | None:
         rows = self._read("SELECT sha256 FROM fingerprints WHERE identity = ?", [identity])
@@ -139,13 +153,14 @@ class ReadOnlyFileTier(FileTier):
 
     Raises (from `open`):
         CacheError: there is no cache, other users may change it, or its index is of a newer release.
+        CacheKeyError: the key is missing or wrong, or the directory is not encrypted.
         OSError: it cannot be read.
     """
 
     read_only = True
 
-    def __init__(self, root: Path, budget: int, *, name: str = "disk") -> None:
-        super().__init__(root, budget, name=name, watch=False)
+    def __init__(self, root: Path, budget: int, *, name: str = "disk", key_file: Path | None = None) -> None:
+        super().__init__(root, budget, name=name, watch=False, key_file=key_file)
         self._index: ReadOnlyIndex | None = None
         self._is_open = False
         self._is_outdated = False  # another process changed the index, and `open` must read it again
@@ -163,22 +178,33 @@ class ReadOnlyFileTier(FileTier):
         _check_trustworthy(self.root)
         self._is_outdated = False
         path = self.root / INDEX_NAME
+        encryption = self._keys_of_file()
         try:
-            self._index = ReadOnlyIndex(path) if path.exists() else None
+            self._index = ReadOnlyIndex(path, encryption) if path.exists() else None
         except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
             log.warning("%s cannot be read (%s); reading the files instead", path, error)
             self._index = None
         if self._index is None:
+            keys = state_of_files(self.root, encryption)
+            self._encryption = encryption
+            if encryption is not None and keys is not None:
+                self._encryption = restrict(encryption, keys, self.root)
             self._header_rows = self._read_headers()
+        else:
+            self._encryption = self._index.encryption
         self._is_open = True
         log.info("%s is read-only: blocks are read from it but not saved to it", self.root)
 
     def _read_headers(self) -> list[TierRow]:
         found = []
         for path in (self.root / "blocks").iterdir():
-            with contextlib.suppress(CacheFormatError, OSError):
-                block, _ = kvc.read_header(path)
-                if path == self.path_of(block.key):
+            with contextlib.suppress(CacheFormatError, CacheKeyError, OSError):
+                name, content_key = block_name(path.name), None
+                if self._encryption is not None and name is not None:
+                    known = self._encryption.find(name, BLOCK)
+                    content_key = None if known is None else known[1]
+                block, _ = kvc.read_header(path, content_key)
+                if any(path == place.path for place in self._places(block.key)):
                     status = path.lstat()
                     found.append(TierRow(block, status.st_size, min(status.st_mtime_ns, time.time_ns())))
         return found
@@ -215,7 +241,7 @@ class ReadOnlyFileTier(FileTier):
             return None
         try:
             found = index.changes()
-        except sqlite3.Error:
+        except (CacheKeyError, sqlite3.Error):
             self._is_outdated = True
             raise
         if found is None:

@@ -8,12 +8,12 @@ The cache also keeps the list of the blocks that each tier holds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 from erllama.cache.blocks.block import Block
-from erllama.errors import OptionError
+from erllama.errors import CacheError, OptionError
 
 
 class TierRow(NamedTuple):
@@ -85,6 +85,15 @@ class Tier(ABC):
     def usable(self) -> bool:
         """Whether the tier can be used now."""
         return True
+
+    @property
+    def problem(self) -> CacheError | None:
+        """Why a tier that is open does not serve now; None if it does. It recovers by itself."""
+        return None
+
+    def counts(self) -> Mapping[str, int]:
+        """Return counts of the tier's own, by their names in `Cache.counters`."""
+        return {}
 
     @property
     def location(self) -> str:
@@ -162,6 +171,17 @@ class Tier(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Release all resources. A second call has no effect. The tier may be opened again."""
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until all blocks that `write` was called with are stored; False if `timeout` seconds were too few.
+
+        For a tier whose `write` returns earlier. Any thread may call it at any time.
+        """
+        return True
+
+    def abandon(self) -> None:
+        """Close as if the process had been killed: writes that wait are lost."""
+        self.close()
 
     # --- for tiers whose content may change without the cache
 

@@ -7,15 +7,17 @@ the cache were empty. Used by the scheduler, by `SequenceKV` and, for `namespace
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erllama._runtime.log import logger
 from erllama.cache import Cache, Match, Policy, namespace_key
+from erllama.cache.pipeline.fetcher import Fetch
 from erllama.engine.adapters import AdapterSet, describe
 from erllama.engine.backend import Backend, NamespaceValue
+from erllama.engine.kv.prefill_cost import PrefillCost
 from erllama.engine.kv.prefill_slices import Slicing
 from erllama.engine.kv.weights_check import Weights
 
@@ -46,6 +48,7 @@ class PrefixCache:
         slicing: where prefill is cut.
         policy: what is saved, and when.
         weights: whether the model file is unchanged.
+        prefill_cost: how long the model computes prompts.
     """
 
     cache: Cache
@@ -53,6 +56,7 @@ class PrefixCache:
     slicing: Slicing
     policy: Policy
     weights: Weights
+    prefill_cost: PrefillCost = field(default_factory=PrefillCost)
 
     @classmethod
     def of(cls, cache: Cache, backend: Backend, policy: Policy) -> PrefixCache:
@@ -71,6 +75,23 @@ class PrefixCache:
     def namespace(self, cache_salt: str | None, adapters: AdapterSet) -> bytes:
         """Return the root key of the KV that a request may share: one per model, cache salt and adapter set."""
         return prompt_namespace(self.backend.namespace, cache_salt, adapters)
+
+    def fetch(self, match: Match | None, n_available: int) -> Fetch | None:
+        """Begin to read what a match needs from a remote tier. Returns None if there is no match, or it fails.
+
+        Args:
+            n_available: leading tokens that are in the context already.
+        """
+        if match is None:
+            return None
+        blocks = [block for block in match.blocks if block.end > n_available]
+        if self.backend.limits.whole_state:
+            blocks = blocks[-1:]  # it has the state of all blocks before it
+        try:
+            return self.cache.fetch(blocks, self.prefill_cost.seconds_per_token) if blocks else None
+        except BaseException:
+            self.record_fault("fetching the blocks of a prompt")
+            return None
 
     def warm_pins(self) -> None:
         """Read the blocks of the model's pins into memory, in the background."""

@@ -209,7 +209,7 @@ class SequenceKV:
         if self._backend.limits.whole_state:
             return self._restore_last(usable, tiers)
         blocks: list[Block] = []
-        with closing(self._cache.load_batches(usable)) as batches:
+        with closing(self._cache.load_batches(usable, local=True)) as batches:
             for batch in batches:
                 n_restored = self._restore_batch(usable[len(blocks) :], batch)
                 for loaded in batch[:n_restored]:
@@ -228,7 +228,7 @@ class SequenceKV:
         """Restore the last block that can be loaded. It has the state of all blocks before it."""
         while usable:
             block = usable.pop()
-            loaded = self._cache.load(block)
+            loaded = self._cache.load(block, local=True)
             if loaded is not None and self._restore_block(block, loaded):
                 tiers.add(loaded.tier)
                 return [*usable, loaded.block], block.end

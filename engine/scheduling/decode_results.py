@@ -61,17 +61,19 @@ class DecodeResults:
             spare -= n
         return parts
 
-    def count(self, parts: list[Part], n_rows: int, seconds: float) -> None:
-        """Count a decode, before its results are processed."""
+    def count(self, parts: list[Part], n_rows: int, seconds: float) -> int:
+        """Count a decode, before its results are processed. Returns the tokens of prompts that it computed."""
         generated = sum([not sequence.prefilling for sequence, _, _ in parts])
         drafts = sum([end - sequence.n_tokens for sequence, _, end in parts if end > sequence.n_tokens])
         self._metrics.ticks += 1
         self._metrics.decoded_tokens += generated
         self._metrics.drafted_tokens += drafts
         self._metrics.drafts += drafts > 0
-        self._metrics.prefilled_tokens += n_rows - generated - drafts
+        n_prefilled = n_rows - generated - drafts
+        self._metrics.prefilled_tokens += n_prefilled
         if self.speculating and generated == len(parts):
             self._costs.record(n_rows, seconds)
+        return n_prefilled
 
     def process(self, parts: list[Part], logits: NDArray[np.float32], now: float, alone: bool) -> list[Failure]:
         """Update the sequences after a decode, and sample their next tokens.

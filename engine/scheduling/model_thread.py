@@ -64,6 +64,7 @@ class ModelThread:
         prefill_chunk_size: maximum number of tokens of prompts in one tick while replies are generated.
         parked_cells: cells that finished sequences may keep while others compute.
         max_pending: maximum number of requests that may wait.
+        on_stopped: called in the model thread as the last step of its end.
 
     Attributes:
         adapters: the model's adapters.
@@ -83,8 +84,10 @@ class ModelThread:
         prefill_chunk_size: int,
         parked_cells: int,
         max_pending: int,
+        on_stopped: Callable[[], object] | None = None,
     ) -> None:
         self._backend = backend
+        self._on_stopped = on_stopped
         self._cache = cache
         self._policy = policy
         self._stopping = False
@@ -461,6 +464,8 @@ class ModelThread:
             if self._tier is not None:
                 self._run_final_step(self._tier.detach)
             self._run_final_step(self._backend.close)
+            if self._on_stopped is not None:
+                self._run_final_step(self._on_stopped)
 
     def _end_requests(self, scheduler: Scheduler) -> None:
         self._saved_at_stop = scheduler.shut_down(

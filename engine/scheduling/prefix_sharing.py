@@ -73,10 +73,12 @@ class PrefixSharing:
         return Leader(leader, n_shared) if leader is not None else _NO_LEADER
 
     def is_ready(self, sequence: Sequence) -> bool:
-        """Return whether an admitted sequence has finished waiting for its leader, or its parent's save."""
+        """Return whether an admitted sequence waits no longer for its leader, its fetch, or its parent's save."""
         leader = sequence.leader
         if leader is not None:
             return leader.n_computed >= sequence.n_from_leader or leader not in self._running
+        if sequence.fetch is not None and not sequence.fetch.done:
+            return False
         key = sequence.options.parent_key
         late = time.perf_counter() >= sequence.parent_deadline
         return key is None or late or not self._prefix_cache.awaits(key)

@@ -277,6 +277,10 @@ class Scheduler:
             if leader.sequence is not None:
                 sequence.leader, sequence.n_from_leader = leader
                 return
+            if sequence.fetch is None:
+                sequence.fetch = prefix_cache.fetch(match, source.n)
+                if sequence.fetch is not None and not sequence.fetch.done:
+                    return
             self._enter_context(sequence, match, source)
         except BaseException as error:
             self._fail_and_restart([sequence], wrap_error(error))
@@ -380,7 +384,9 @@ class Scheduler:
             return
         alone = alone and (self._threads is None or self._threads.as_in_recipe)
         now = time.perf_counter()
-        self._results.count(parts, len(batch.tokens), now - began)
+        n_prefilled = self._results.count(parts, len(batch.tokens), now - began)
+        if 2 * n_prefilled > len(batch.tokens):
+            self._context.prefix_cache.prefill_cost.record(n_prefilled, now - began)
         self._fail_each(self._results.process(parts, logits, now, alone))
         self._conclude(sequences)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from erllama._runtime.log import logger
 from erllama.cache import SaveReason
+from erllama.cache.pipeline.fetcher import Fetch
 from erllama.engine.adapters import AdapterSet
 from erllama.engine.kv.sequence_kv import NO_TOKENS, SequenceKV, TokenRange
 from erllama.engine.metrics import EngineMetrics
@@ -81,6 +82,7 @@ class Sequence:
         slot: its slot in the context; None while it waits.
         leader, n_from_leader: another sequence that is computing the first `n_from_leader` tokens of this one. This
             one waits for it.
+        fetch: reads blocks of its prompt from a remote tier; None outside of such a wait.
         parent_deadline: when to stop waiting for the save of the parent context; 0 if it has not begun to wait.
         headroom: cells for its reply that must be free when it is admitted.
         n_at_exhaustion: its `n_tokens` when the backend last ran out of cells for it alone.
@@ -118,6 +120,7 @@ class Sequence:
         self.slot: int | None = None
         self.leader: Sequence | None = None
         self.n_from_leader = 0
+        self.fetch: Fetch | None = None
         self.parent_deadline = 0.0
         self.headroom = HEADROOM
         self.n_at_exhaustion = 0
@@ -248,7 +251,7 @@ class Sequence:
         """
         self.slot, self._kv, self.n_computed = slot, kv, hit.tokens
         self._next_save_at = kv.next_save_at
-        self.leader = None
+        self.leader = self.fetch = None
         if not self.clock.entered:
             self.clock.enter(began)
             if self._hit is None:
@@ -259,7 +262,7 @@ class Sequence:
         if self._kv is not None:
             self._finish_key = self._kv.finish_key
         self._record_stored()
-        self.slot = self._kv = self.leader = None
+        self.slot = self._kv = self.leader = self.fetch = None
         self.n_computed = 0
 
     def _record_stored(self) -> None:

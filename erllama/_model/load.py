@@ -28,6 +28,9 @@ from erllama.engine import Backend, Limits, ModelThread, RequestOptions
 from erllama.engine.backends.fingerprint import Fingerprint
 from erllama.engine.scheduling.options import SchedulingOptions
 from erllama.errors import OptionError
+from erllama.events.options import KvEvents
+from erllama.events.publisher import Publisher, check_installed
+from erllama.events.publishing import follow_adapters, start_publisher
 from erllama.models import fit
 from erllama.models.names import model_path
 
@@ -46,6 +49,7 @@ _BACKEND_OPTIONS = (
     "parked_cells",
     "max_pending",
     "process",
+    "kv_events",
 )
 # Additional sequences for parked requests, if an empty sequence takes no memory.
 _PARKED_SEQUENCES = 12
@@ -109,6 +113,7 @@ def load_model(
     check_memory: bool = True,
     on_progress: Callable[[float], object] | None = None,
     process: bool | Mapping[str, object] | ProcessOptions = False,
+    kv_events: bool | str | Mapping[str, object] | KvEvents | None = None,
     **unknown: Never,
 ) -> Model:
     """Load a GGUF model.
@@ -178,11 +183,16 @@ def load_model(
             be read for its fingerprint, that is the first half.
         process: run the model in a process of its own, which is replaced if it ends: replies continue, and this
             process survives. True, an erllama.ProcessOptions, or a mapping of its options.
+        kv_events: publish which blocks are cached, for routers in front of several replicas. An address, True for
+            the default address, an erllama.KvEvents, or a mapping of its options. None publishes no events. The
+            events have the tokens of cached prompts.
 
     Raises:
         ModelLoadError: the file cannot be loaded.
         ModelNameError: no model on this machine has the name, or several begin with it.
         MemoryLimitExceeded: the model needs more memory than is free.
+        EventsError: an address of `kv_events` cannot be used.
+        MissingPackage: `kv_events`, and pyzmq is not installed.
         LoadCancelled: `on_progress` returned False.
         OptionError: an option is unknown, has the wrong type, is out of range, or contradicts another option, the
             devices or the file.
@@ -192,7 +202,7 @@ def load_model(
         LibraryNotBuilt: the package was not built.
     """
     reject_unknown(unknown, _LOAD_DEFAULTS, "load_model")
-    supervision = ProcessOptions.of(process)
+    supervision, events = ProcessOptions.of(process), KvEvents.of(kv_events)
     file = model_path(path)
     llama_options: dict[str, Any] = {
         "n_ctx": fit.checked_n_ctx(n_ctx),
@@ -242,9 +252,11 @@ def load_model(
                 "own_fingerprint": own_fingerprint,
                 "warmup": warmup,
                 "process": process,
+                "kv_events": kv_events,
             }
         )
     cache = _checked_cache(cache)
+    _check_events(events, cache)
     if vocab_only:
         return _load(partial(_vocabulary_model, file, options, on_progress, cache, cache_salt), id, cache_salt)
     scheduling = SchedulingOptions(n_running, prefill_chunk_size, parked_cells, max_pending)
@@ -254,12 +266,12 @@ def load_model(
     elif check_memory:
         fit.check_fits(file, needs)
     if supervision is not None:
-        launch = Launch(supervision, cache, Policy.of(policy), scheduling, warmup)
+        launch = Launch(supervision, cache, Policy.of(policy), scheduling, warmup, events)
         make_remote = partial(launch.gguf_model, file, options, naming, on_progress)
         return _load(partial(_remote_model, make_remote, cache, Policy.of(policy), cache_salt), id, cache_salt)
     make = partial(_open_gguf, file, options, naming, cache, on_progress)
     return _load(
-        partial(_running_model, make, cache, Policy.of(policy), cache_salt, scheduling),
+        partial(_running_model, make, cache, Policy.of(policy), cache_salt, scheduling, events),
         id,
         cache_salt,
         warmup=warmup,
@@ -289,6 +301,7 @@ def check_load_options(options: Mapping[str, object]) -> LlamaOptions:
     )
     values: dict[str, Any] = {**_LOAD_DEFAULTS, **options}
     ProcessOptions.of(values["process"])
+    KvEvents.of(values["kv_events"])
     Policy.of(values["policy"])
     RequestOptions(cache_salt=values["cache_salt"])
     Fingerprint(values["fingerprint"], values["own_fingerprint"])
@@ -371,6 +384,7 @@ def load_backend(
     parked_cells: int | None = None,
     max_pending: int = 1024,
     process: bool | Mapping[str, object] | ProcessOptions = False,
+    kv_events: bool | str | Mapping[str, object] | KvEvents | None = None,
     **unknown: Never,
 ) -> Model:
     """Load a model on a custom backend. The backend is closed when the model is unloaded.
@@ -383,17 +397,18 @@ def load_backend(
         n_seq_max: maximum number of requests that run at once. None for 4, or the number of the backend's sequences
             if that is smaller.
         process: run the backend in a process of its own, as for `load_model`. Needs "module:function".
+        kv_events: as for `load_model`.
     """
     reject_unknown(unknown, _BACKEND_OPTIONS, "load_backend")
-    supervision = ProcessOptions.of(process)
+    supervision, events = ProcessOptions.of(process), KvEvents.of(kv_events)
     factory = BackendFactory.of(backend, options)
     scheduling = SchedulingOptions(n_seq_max, prefill_chunk_size, parked_cells, max_pending)
+    cache = _checked_cache(cache)
+    _check_events(events, cache)
     if supervision is None:
-        make = partial(
-            _running_model, factory.make, _checked_cache(cache), Policy.of(policy), cache_salt, scheduling
-        )
+        make = partial(_running_model, factory.make, cache, Policy.of(policy), cache_salt, scheduling, events)
         return _load(make, id, cache_salt)
-    launch = Launch(supervision, _checked_cache(cache), Policy.of(policy), scheduling, False)
+    launch = Launch(supervision, cache, Policy.of(policy), scheduling, False, events)
     make_remote = partial(launch.custom_model, factory)
     return _load(partial(_remote_model, make_remote, launch.cache, launch.policy, cache_salt), id, cache_salt)
 
@@ -420,18 +435,25 @@ def _running_model(
     policy: Policy,
     cache_salt: str | None,
     scheduling: SchedulingOptions,
+    events: KvEvents | None,
     id: str,
 ) -> Model:
     """Return a model that runs in its own thread; close its backend if that fails."""
     backend = make()
     runner: ModelRunner | None = None
+    publisher: Publisher | None = None
     try:
         sizes = scheduling.for_limits(backend.limits)
-        runner = ModelThread(backend, cache, policy, id, **sizes._asdict())
+        publisher = start_publisher(events, cache, id, backend.namespace)
+        on_stopped = publisher.close if publisher is not None else None
+        runner = ModelThread(backend, cache, policy, id, **sizes._asdict(), on_stopped=on_stopped)
+        follow_adapters(publisher, runner.adapters, backend.namespace)
         return Model(backend, id, cache, policy, cache_salt, runner, sizes.n_seq_max, _registry)
     except BaseException:
         if runner is not None:
             runner.stop()
+        if publisher is not None:
+            publisher.close()
         backend.close()
         raise
 
@@ -467,6 +489,13 @@ def _load(make: Callable[[str], Model], id: str | None, cache_salt: str | None, 
             model.unload()
         _registry.release(reservation)
         raise
+
+
+def _check_events(events: KvEvents | None, cache: Cache) -> None:
+    """Check options of events before the model is loaded, which takes long."""
+    if events is not None:
+        check_installed()
+        events.check_block_size(cache.block_size)
 
 
 def _checked_cache(cache: object) -> Cache:

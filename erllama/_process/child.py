@@ -30,6 +30,7 @@ from erllama._process.protocol.wire_values import pack_error
 from erllama.cache import Cache, Policy
 from erllama.engine import Backend, ModelFacts, ModelThread
 from erllama.engine.scheduling.options import SchedulingOptions
+from erllama.events.publishing import follow_adapters, start_publisher
 
 _PR_SET_PDEATHSIG = 1
 # Bytes that may wait for the parent. Beyond it, replies stay in their tickets, which join their pieces.
@@ -125,7 +126,14 @@ def _start_model(
     else:
         backend = BackendFactory(model.module, model.function, model.options).make()
     sizes = SchedulingOptions(*start.sizes).for_limits(backend.limits)
-    runner = ModelThread(backend, cache, Policy.of(start.policy), start.id, **sizes._asdict())
+    publisher = start_publisher(
+        start.kv_events, cache, start.id, backend.namespace, wait_for_address=start.is_replacement
+    )
+    on_stopped = publisher.close if publisher is not None else None
+    runner = ModelThread(
+        backend, cache, Policy.of(start.policy), start.id, **sizes._asdict(), on_stopped=on_stopped
+    )
+    follow_adapters(publisher, runner.adapters, backend.namespace)
     if start.warmup and backend.limits.can_generate:
         runner.warm_up()
     endpoint = Endpoint(connection, reader, outbox, backend, cache, runner, start.heartbeat_seconds)

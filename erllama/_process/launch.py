@@ -21,6 +21,7 @@ from erllama._process.runner import ProcessRunner
 from erllama.cache import Cache, Policy
 from erllama.engine.scheduling.options import SchedulingOptions
 from erllama.errors import OptionError
+from erllama.events.options import KvEvents
 
 if TYPE_CHECKING:
     from erllama.engine.backends.fingerprint import Fingerprint
@@ -38,6 +39,7 @@ class Launch:
         options: of the supervision.
         cache: of the parent. The process opens its directories.
         policy, scheduling, warmup: of the model.
+        kv_events: where the process publishes events; None for a model that publishes none.
     """
 
     options: ProcessOptions
@@ -45,6 +47,7 @@ class Launch:
     policy: Policy
     scheduling: SchedulingOptions
     warmup: bool
+    kv_events: KvEvents | None = None
 
     def gguf_model(
         self,
@@ -111,6 +114,7 @@ class Launch:
             log_levels={name: logging.getLogger(name).getEffectiveLevel() for name in _LOGGERS},
             python_path=tuple(sys.path),
             heartbeat_seconds=min(_LONGEST_HEARTBEAT, self.options.hang_timeout / 4),
+            kv_events=None if self.kv_events is None else self.kv_events.with_ports(),
         )
         runner = ProcessRunner(
             start, self.options, self.cache, file, sizes.max_pending, self.policy.evict_save_timeout_ms / 1000

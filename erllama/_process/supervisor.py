@@ -16,6 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
+import msgspec
+
 from erllama._process.child_process import ChildProcess
 from erllama._process.options import ProcessOptions
 from erllama._process.protocol import messages as m
@@ -150,7 +152,8 @@ class Supervisor:
     def _begin(self) -> None:
         """Start a process."""
         try:
-            child = self._child = ChildProcess(self._start_message, self.wake)
+            start = msgspec.structs.replace(self._start_message, is_replacement=self.restarts > 0)
+            child = self._child = ChildProcess(start, self.wake)
         except (OSError, ValueError, Error) as error:
             kind = ModelFailed if self.restarts else ModelLoadError
             self._give_up(kind(f"the process of model {self._name!r} cannot be started: {error}"))

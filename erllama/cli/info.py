@@ -12,7 +12,7 @@ from erllama._runtime.printing import echo
 from erllama.cache.sizes import format_size
 from erllama.cli.console import print_fields, print_json, progress_bar
 from erllama.cli.loading import existing_path
-from erllama.cli.options import DIRECTORY, model_argument, model_or_demo
+from erllama.cli.options import DIRECTORY, key_file_option, model_argument, model_or_demo
 from erllama.engine.backends.fingerprint import Fingerprint
 
 # ggml's names of tensor types. Files have their numbers, which libllama maps to the names.
@@ -37,8 +37,16 @@ _TYPES = (
     envvar="ERLLAMA_CACHE_DIR",
     help="Cache directory that stores the fingerprint. Default: the user's cache directory.",
 )
+@key_file_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(model: str | None, fingerprint: bool, metadata: bool, cache_dir: Path | None, as_json: bool) -> None:
+def info(
+    model: str | None,
+    fingerprint: bool,
+    metadata: bool,
+    cache_dir: Path | None,
+    key_file: Path | None,
+    as_json: bool,
+) -> None:
     """Describe a model file. Reads its header only."""
     path = existing_path(model_or_demo(model))
     with erllama.Cache(ram=0) as cache, erllama.load_model(path, vocab_only=True, cache=cache) as vocabulary:
@@ -46,7 +54,7 @@ def info(model: str | None, fingerprint: bool, metadata: bool, cache_dir: Path |
         if metadata:
             fields["metadata"] = {name: _metadata_value(value) for name, value in vocabulary.metadata.items()}
     if fingerprint:
-        fields["fingerprint"] = _fingerprint(path, cache_dir)
+        fields["fingerprint"] = _fingerprint(path, cache_dir, key_file)
     if as_json:
         print_json(fields)
         return
@@ -96,9 +104,9 @@ def _weight_types(path: Path) -> dict[str, int]:
     return dict(n_bytes.most_common())
 
 
-def _fingerprint(path: Path, cache_dir: Path | None) -> str:
+def _fingerprint(path: Path, cache_dir: Path | None, key_file: Path | None) -> str:
     # Stored in the cache, so that the next load need not read the file. Without a quota, no block is evicted.
-    with erllama.Cache(ram=0, disk=cache_dir or True, disk_quota=2**62) as cache:
+    with erllama.Cache(ram=0, disk=cache_dir or True, disk_quota=2**62, key_file=key_file) as cache:
         if not cache.persistent:
             raise erllama.CacheError(str(cache.disk_error))
         with progress_bar(f"reading {path.name}") as report:

@@ -24,6 +24,8 @@ class ModelOptions:
         cache_dir: the cache directory; None for the user's.
         no_cache: keep prompts in RAM only.
         quota: size limit of the cache directory in bytes; None for the default of `Cache`.
+        remote, remote_key_file: as in `Cache`.
+        key_file: file of the keys that encrypt the cache directory; None for no encryption.
     """
 
     n_ctx: int | str | None = None
@@ -34,14 +36,18 @@ class ModelOptions:
     cache_dir: Path | None = None
     no_cache: bool = False
     quota: int | None = None
+    remote: str | None = None
+    remote_key_file: Path | None = None
+    key_file: Path | None = None
 
     def open_cache(self) -> erllama.Cache:
         """Open the cache. The caller closes it."""
         if self.no_cache:
             return erllama.Cache()
-        if self.quota is None:
-            return erllama.Cache(disk=self.cache_dir or True)
-        return erllama.Cache(disk=self.cache_dir or True, disk_quota=self.quota)
+        options: dict[str, Any] = {} if self.quota is None else {"disk_quota": self.quota}
+        if self.remote is not None or self.remote_key_file is not None:
+            options |= {"remote": self.remote, "remote_key_file": self.remote_key_file}
+        return erllama.Cache(disk=self.cache_dir or True, key_file=self.key_file, **options)
 
     @contextmanager
     def open_model(self, path: Path) -> Iterator[erllama.Model]:

@@ -148,6 +148,12 @@ _LOADING = (
         help="Any other option of load_model, for example kv_type_k=q8_0. Can be repeated.",
     ),
 )
+key_file_option = click.option(
+    "--key-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="ERLLAMA_KEY_FILE",
+    help="File of the keys that encrypt the cache directory, made by `erllama cache new-key`.",
+)
 _CACHE = (
     click.option(
         "--cache-dir",
@@ -155,6 +161,7 @@ _CACHE = (
         envvar="ERLLAMA_CACHE_DIR",
         help="Directory for cached prompts. Default: the user's cache directory.",
     ),
+    key_file_option,
     click.option("--no-cache", is_flag=True, help="In-memory cache only."),
     click.option(
         "--quota",
@@ -162,6 +169,18 @@ _CACHE = (
         metavar="SIZE",
         help="Size limit of the cache directory. "
         f"Default: {inspect.signature(erllama.Cache).parameters['disk_quota'].default}.",
+    ),
+    click.option(
+        "--remote",
+        metavar="ADDRESS",
+        envvar="ERLLAMA_REMOTE",
+        help="Bucket or mounted directory that machines share, such as s3://bucket/prefix.",
+    ),
+    click.option(
+        "--remote-key-file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        envvar="ERLLAMA_REMOTE_KEY_FILE",
+        help="File of the keys that sign what is stored there.",
     ),
 )
 
@@ -171,6 +190,8 @@ def _build_model_options(values: dict[str, object]) -> ModelOptions:
     assert isinstance(load, tuple)
     if values.get("no_cache") and values["cache_dir"] is not None:
         raise click.UsageError("--cache-dir and --no-cache exclude each other; pass one of them")
+    if values.get("no_cache") and values["remote"] is not None:
+        raise click.UsageError("--remote and --no-cache exclude each other; pass one of them")
     extra = parse_assignments(load, "--load")
     for name in _RESERVED & extra.keys():
         raise click.UsageError(f"--load {name}: the command sets this option itself")

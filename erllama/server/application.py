@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Scope
 
 from erllama._model.model import Model
 from erllama.cache import Cache
-from erllama.errors import OptionError
+from erllama.errors import CacheKeyError, OptionError
 from erllama.server import anthropic, llama_server, ollama, openai, page, responses
 from erllama.server.conduct.access_log import AccessLog
 from erllama.server.conduct.errors import ApiError, ErrorForm
@@ -70,12 +70,12 @@ def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:
     """Return the stored responses: in `state_dir`, or in the cache's first disk directory, or in memory."""
     n = options.max_stored_responses
     if options.state_dir is not None:
-        return ResponseStore(n, options.state_dir)
+        return ResponseStore(n, options.state_dir, key_file=cache.key_file)
     for status in cache.tiers():
         if status.tier == "disk" and not status.read_only and status.error is None:
             try:
-                return ResponseStore(n, status.location)
-            except OptionError as error:
+                return ResponseStore(n, status.location, key_file=cache.key_file)
+            except (OptionError, CacheKeyError) as error:
                 log.warning("%s; they are in memory until the server stops", error)
                 break
     return ResponseStore(n)

@@ -2,11 +2,12 @@
 
 The store is a SQLite database, in memory or in a file that its owner alone can read. It is bounded by number and by
 bytes; the least recently used responses are removed first. Each response belongs to one key, and other keys do not
-find it. All methods may be called from any thread.
+find it. If the cache has a key file, requests and responses are encrypted. Any thread may call the methods.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
@@ -18,7 +19,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from erllama.errors import OptionError
+from erllama.errors import CacheError, CacheKeyError, OptionError
+from erllama.server.response_codec import ENCRYPTED_FORMAT, FORMAT, ResponseCodec, codec_of
+
+log = logging.getLogger("erllama.server")
 
 FILE_NAME = "responses.sqlite"
 
@@ -26,7 +30,6 @@ FILE_NAME = "responses.sqlite"
 MAX_BYTES = 512 << 20
 MAX_BYTES_IN_MEMORY = 64 << 20
 
-_FORMAT = 1  # user_version of the database
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY,
@@ -101,20 +104,28 @@ class ResponseStore:
         max_responses: number of responses. 0 to store none.
         directory: where the database is; it is created if it does not exist. None for memory.
         max_bytes: size of all stored requests and responses. None for MAX_BYTES, or MAX_BYTES_IN_MEMORY.
+        key_file: file of the keys that encrypt the database; None for no encryption. Responses that are not
+            encrypted with its newest key are encrypted with it.
 
     Raises:
         OptionError: the database cannot be opened.
+        CacheKeyError: the key is missing or wrong. The database is not changed.
     """
 
     def __init__(
-        self, max_responses: int = 0, directory: str | Path | None = None, max_bytes: int | None = None
+        self,
+        max_responses: int = 0,
+        directory: str | Path | None = None,
+        max_bytes: int | None = None,
+        key_file: Path | None = None,
     ) -> None:
         default = MAX_BYTES_IN_MEMORY if directory is None else MAX_BYTES
         self._max_responses, self._max_bytes = max_responses, default if max_bytes is None else max_bytes
         self._lock = threading.Lock()
         path = None if directory is None or not max_responses else Path(directory) / FILE_NAME
         try:
-            self._database = _open(path)
+            self._codec = codec_of(None if path is None else key_file)
+            self._database = _open(path, self._codec)
         except (OSError, sqlite3.Error) as error:
             raise OptionError(
                 f"the stored responses in {path} cannot be opened: {error}; remove the file, or set another "
@@ -134,10 +145,17 @@ class ResponseStore:
         if not self._max_responses:
             return
         input, response = msgspec.json.encode(stored.input), msgspec.json.encode(stored.response)
-        size = len(input) + len(response)
-        if size > self._max_bytes:
-            return
         with self._lock, self._database:
+            try:
+                self._codec.refresh(self._database)
+            except CacheKeyError as error:
+                log.warning("a response is not stored: %s", error)
+                return
+            input = self._codec.encode(input, stored.id, "input")
+            response = self._codec.encode(response, stored.id, "response")
+            size = len(input) + len(response)
+            if size > self._max_bytes:
+                return
             self._database.execute(
                 "INSERT OR REPLACE INTO responses VALUES"
                 " (?, ?, ?, (SELECT ifnull(max(used), 0) + 1 FROM responses), ?, ?, ?)",
@@ -189,10 +207,16 @@ class ResponseStore:
         ).fetchone()
         if row is None:
             raise MissingResponseError(id)
+        try:
+            self._codec.refresh(self._database)
+            input, response = self._codec.decode(row[1], id, "input"), self._codec.decode(row[2], id, "response")
+        except CacheError as error:
+            log.warning("stored response %s cannot be used: %s", id, error)
+            raise MissingResponseError(id) from error
         self._database.execute(
             "UPDATE responses SET used = (SELECT max(used) + 1 FROM responses) WHERE id = ?", (id,)
         )
-        return row
+        return row[0], input, response
 
     def _evict(self) -> None:
         n, size = self._database.execute("SELECT count(*), ifnull(sum(size), 0) FROM responses").fetchone()
@@ -204,7 +228,21 @@ class ResponseStore:
             n, size = n - 1, size - bytes_of_it
 
 
-def _open(path: Path | None) -> sqlite3.Connection:
+def encrypt_again(directory: Path, key_file: Path) -> None:
+    """Encrypt the responses in a directory with the newest key of a file. A server may use them meanwhile.
+
+    Raises:
+        CacheKeyError: a key in use is missing.
+        OSError, sqlite3.Error: the database cannot be changed.
+    """
+    database = _open(directory / FILE_NAME, codec_of(key_file))
+    try:
+        database.execute("VACUUM")  # no unused page has what an old key encrypted
+    finally:
+        database.close()
+
+
+def _open(path: Path | None, codec: ResponseCodec) -> sqlite3.Connection:
     """Open a database, and create it if it does not exist. Prompts are private: only the user may read the file."""
     if path is not None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -217,10 +255,13 @@ def _open(path: Path | None) -> sqlite3.Connection:
     try:
         database.execute("PRAGMA secure_delete = ON")  # the text of a deleted prompt does not stay in the file
         (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version not in (0, _FORMAT):
-            raise sqlite3.DatabaseError(f"its format is {version}, and this version of erllama reads {_FORMAT}")
+        if version not in (0, FORMAT, ENCRYPTED_FORMAT):
+            known = f"{FORMAT} and {ENCRYPTED_FORMAT}"
+            raise sqlite3.DatabaseError(f"its format is {version}, and this version of erllama reads {known}")
         database.executescript(_SCHEMA)
-        database.execute(f"PRAGMA user_version = {_FORMAT}")
+        with database:
+            database.execute("BEGIN IMMEDIATE")
+            codec.prepare(database, path)
     except BaseException:
         database.close()
         raise

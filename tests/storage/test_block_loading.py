@@ -15,7 +15,7 @@ import pytest
 from erllama.cache import Block, Cache, Match
 from erllama.cache.blocks import kvc
 from erllama.cache.pipeline import loader
-from erllama.cache.tiers.directory import block_path
+from erllama.cache.tiers.file_names import block_path
 from erllama.engine.backends.stub import StubBackend
 from support.engine_models import SIZE as ENGINE_SIZE
 from support.engine_models import cold_reply, load_stub, random_prompt

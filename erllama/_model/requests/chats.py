@@ -65,6 +65,10 @@ class ChatRequests:
         text = self._rendered(messages, options, add_generation_prompt, "apply_chat_template")
         return self.chats.history.tokens(self._requests.namespace(cache_salt), text, as_text=False)
 
+    def checked_prompt(self, messages: Messages, options: ChatOptions, where: str) -> NDArray[np.int32]:
+        """Return the token ids of a chat's prompt, int32, shape (n,). Checks everything that `run` does."""
+        return self._turn(messages, options, where).prompt
+
     def text(self, messages: Messages, options: TemplateOptions, add_generation_prompt: object) -> str:
         """Return the text of a rendered conversation."""
         return remove_marks(self._rendered(messages, options, add_generation_prompt, "render_chat"))

@@ -89,6 +89,11 @@ class CompletionRequests:
         ticket.model = owner
         return ticket
 
+    def checked_prompt(self, prompt: Prompt, options: CompletionOptions, where: str) -> NDArray[np.int32]:
+        """Return the token ids of a completion's prompt, int32, shape (n,). Checks everything that `run` does."""
+        self._prompts.check_generates()
+        return self._prompts.ids(prompt, self.options(options, where))
+
     def score_ticket(self, prompt: Prompt, continuation: Prompt, options: RequestOptions) -> Ticket:
         """Return the ticket of a request that scores a continuation of a prompt."""
         self._prompts.check_generates()

@@ -24,11 +24,12 @@ from erllama._process.protocol.wire_types import (
 from erllama.cache import CacheSpec
 from erllama.engine import Limits, ModelFacts
 from erllama.engine.embedding import EmbeddingLimits
+from erllama.events.options import KvEvents
 
 _T = TypeVar("_T")
 
 # Both processes have this number, and the version of the library. It changes with the messages.
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class _Message(Struct, frozen=True, array_like=True, tag=True):
@@ -56,7 +57,12 @@ class CustomModel(Struct, frozen=True, tag="custom"):
 
 
 class Start(_Message, frozen=True):
-    """The first message to a child: which model to run, and how."""
+    """The first message to a child: which model to run, and how.
+
+    Attributes:
+        kv_events: where it publishes events; None for a model that publishes none.
+        is_replacement: whether it replaces a process that has ended.
+    """
 
     protocol: int
     version: str
@@ -69,6 +75,8 @@ class Start(_Message, frozen=True):
     log_levels: dict[str, int]
     python_path: tuple[str, ...]
     heartbeat_seconds: float
+    kv_events: KvEvents | None = None
+    is_replacement: bool = False
 
 
 class Submit(_Message, frozen=True):

@@ -12,9 +12,12 @@ from erllama.cache.admin.maintenance import CacheFiles, ContextSummary, Namespac
 from erllama.cache.sizes import format_size
 from erllama.cli.cache.archives import export_command, import_command
 from erllama.cli.cache.directories import directories_option, json_option, open_directories
-from erllama.cli.cache.maintenance import evict, gc, verify
+from erllama.cli.cache.keys import new_key, rekey
+from erllama.cli.cache.maintenance import evict, gc, verify, wipe_command
 from erllama.cli.cache.pins import list_pins, pin_command, unpin_command
+from erllama.cli.cache.remote import remote
 from erllama.cli.console import format_age, format_count, print_fields, print_json, print_table
+from erllama.cli.options import key_file_option
 
 
 @click.group()
@@ -27,14 +30,15 @@ def cache() -> None:
 
 @cache.command()
 @directories_option
+@key_file_option
 @json_option
-def stats(directories: tuple[Path, ...], as_json: bool) -> None:
+def stats(directories: tuple[Path, ...], key_file: Path | None, as_json: bool) -> None:
     """Show how much is stored, by directory and by namespace.
 
     A namespace is one model with one set of the options that change its KV.
     """
     reports: list[dict[str, object]] = []
-    with open_directories(directories) as opened:
+    with open_directories(directories, key_file) as opened:
         for files in opened:
             namespaces = files.namespaces()
             usage = _usage(files, namespaces)
@@ -45,6 +49,7 @@ def stats(directories: tuple[Path, ...], as_json: bool) -> None:
                 [
                     ("directory", str(files.root)),
                     ("tier", files.tier + _status(files)),
+                    ("encryption", _encryption(files)),
                     ("stored", _totals(namespaces)),
                     ("pinned", _pinned(files)),
                     ("index", format_size(int(str(usage["index_bytes"])))),
@@ -62,6 +67,8 @@ def _usage(files: CacheFiles, namespaces: list[NamespaceSummary]) -> dict[str, o
     return {
         "directory": str(files.root),
         "tier": files.tier,
+        "encrypted": files.keys is not None,
+        "keys": [] if files.keys is None else list(files.keys.key_ids),
         "in_use": files.in_use,
         "read_only": files.read_only,
         "contexts": sum(each.n_contexts for each in namespaces),
@@ -77,6 +84,13 @@ def _usage(files: CacheFiles, namespaces: list[NamespaceSummary]) -> dict[str, o
 
 def _status(files: CacheFiles) -> str:
     return (", read-only" if files.read_only else "") + (", in use by another process" if files.in_use else "")
+
+
+def _encryption(files: CacheFiles) -> str:
+    if files.keys is None:
+        return "none"
+    current, *others = files.keys.key_ids
+    return f"key {current}" + (f", and {', '.join(others)} until `erllama cache rekey` ends" if others else "")
 
 
 def _totals(namespaces: list[NamespaceSummary]) -> str:
@@ -109,11 +123,12 @@ def _print_namespaces(namespaces: list[NamespaceSummary]) -> None:
 
 @cache.command("ls")
 @directories_option
+@key_file_option
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Show only the N most recently used.")
 @json_option
-def list_contexts(directories: tuple[Path, ...], limit: int | None, as_json: bool) -> None:
+def list_contexts(directories: tuple[Path, ...], key_file: Path | None, limit: int | None, as_json: bool) -> None:
     """List the stored contexts, most recently used first. A block shared by several contexts counts for each."""
-    with open_directories(directories) as opened:
+    with open_directories(directories, key_file) as opened:
         contexts = [(files, context) for files in opened for context in files.contexts()]
     contexts.sort(key=lambda each: each[1].last_used, reverse=True)
     contexts = contexts[:limit]
@@ -163,5 +178,18 @@ def _context_json(files: CacheFiles, context: ContextSummary) -> dict[str, objec
     }
 
 
-for command in (verify, gc, evict, export_command, import_command, pin_command, list_pins, unpin_command):
+for command in (
+    verify,
+    gc,
+    evict,
+    new_key,
+    rekey,
+    wipe_command,
+    export_command,
+    import_command,
+    pin_command,
+    list_pins,
+    unpin_command,
+    remote,
+):
     cache.add_command(command)

@@ -13,6 +13,7 @@ import erllama
 from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.options import default_directory
 from erllama.cache.tiers.directory import CacheDirectory, file_system, is_cache
+from erllama.cache.tiers.key_state import is_encrypted
 from erllama.cli.console import print_note
 from erllama.cli.options import DIRECTORY
 
@@ -48,13 +49,24 @@ def resolve_directories(paths: Sequence[Path]) -> list[CacheLocation]:
 
 
 @contextmanager
-def open_directories(paths: Sequence[Path]) -> Iterator[list[CacheFiles]]:
-    """Open the directories of `resolve_directories`; close them at the end of the `with`."""
+def open_directories(paths: Sequence[Path], key_file: Path | None) -> Iterator[list[CacheFiles]]:
+    """Open the directories of `resolve_directories`; close them at the end of the `with`.
+
+    Args:
+        key_file: file of the keys of those that are encrypted.
+    """
     with ExitStack() as stack:
         yield [
-            stack.enter_context(CacheFiles(location.path, in_memory=location.in_memory))
+            stack.enter_context(
+                CacheFiles(location.path, in_memory=location.in_memory, key_file=key_of(location.path, key_file))
+            )
             for location in resolve_directories(paths)
         ]
+
+
+def key_of(root: Path, key_file: Path | None) -> Path | None:
+    """Return the key file of a directory: none if the directory is a cache that is not encrypted."""
+    return key_file if key_file is None or not is_cache(root) or is_encrypted(root) else None
 
 
 def single_directory(paths: Sequence[Path], *, create: bool = False) -> Path:

@@ -1,4 +1,4 @@
-"""`erllama cache verify`, `gc` and `evict`: check stored blocks, clean up, and remove blocks."""
+"""`erllama cache verify`, `gc`, `evict` and `wipe`: check stored blocks, clean up, and remove blocks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ import click
 
 from erllama._runtime.printing import echo, one_line
 from erllama.cache.admin.maintenance import BlockTotals
+from erllama.cache.admin.wipe import wipe
 from erllama.cache.sizes import format_size
-from erllama.cli.cache.directories import directories_option, json_option, matching_namespaces, open_directories
+from erllama.cache.tiers.directory import is_cache
+from erllama.cache.tiers.key_state import is_encrypted
+from erllama.cli.cache.directories import (
+    directories_option,
+    json_option,
+    matching_namespaces,
+    open_directories,
+    resolve_directories,
+)
 from erllama.cli.console import format_count, print_json, progress_bar
-from erllama.cli.options import parse_age, parse_size
+from erllama.cli.options import key_file_option, parse_age, parse_size
 
 
 @click.command()
 @directories_option
+@key_file_option
 @click.option("--repair", is_flag=True, help="Move damaged files to damaged/, and make the index match the files.")
 @json_option
-def verify(directories: tuple[Path, ...], repair: bool, as_json: bool) -> int:
+def verify(directories: tuple[Path, ...], key_file: Path | None, repair: bool, as_json: bool) -> int:
     """Read and check every file. Exit status 1 if there is a problem and no --repair."""
-    with open_directories(directories) as opened:
+    with open_directories(directories, key_file) as opened:
         n_quarantined = sum(files.n_quarantined for files in opened)
         n_blocks = sum(len(files.rows()) for files in opened)
         problems = []
@@ -44,14 +54,15 @@ def verify(directories: tuple[Path, ...], repair: bool, as_json: bool) -> int:
 
 @click.command()
 @directories_option
+@key_file_option
 @click.option(
     "--quota", type=parse_size, metavar="SIZE", help="Also evict the least recently used blocks, down to this size."
 )
 @json_option
-def gc(directories: tuple[Path, ...], quota: int | None, as_json: bool) -> None:
+def gc(directories: tuple[Path, ...], key_file: Path | None, quota: int | None, as_json: bool) -> None:
     """Remove files of dead processes and unreachable blocks, and make the index match the files."""
     reports = []
-    with open_directories(directories) as opened:
+    with open_directories(directories, key_file) as opened:
         for files in opened:
             done = files.gc(quota)
             pinned = files.pinned()
@@ -81,6 +92,7 @@ def _removed_text(removed: BlockTotals) -> str:
 
 @click.command()
 @directories_option
+@key_file_option
 @click.option(
     "--all",
     "everything",
@@ -104,6 +116,7 @@ def _removed_text(removed: BlockTotals) -> str:
 @json_option
 def evict(
     directories: tuple[Path, ...],
+    key_file: Path | None,
     everything: bool,
     prefixes: tuple[str, ...],
     older_than: float | None,
@@ -119,7 +132,7 @@ def evict(
         raise click.UsageError("pass --all, or --to-size, or one or both of --namespace and --older-than")
     before = None if older_than is None else time.time_ns() - int(older_than * 1e9)
     total = BlockTotals(0, 0)
-    with open_directories(directories) as opened:
+    with open_directories(directories, key_file) as opened:
         namespaces = matching_namespaces(opened, prefixes)
         for files in opened:
             if to_size is not None:
@@ -133,3 +146,43 @@ def evict(
         print_json({"removed_blocks": total.n_blocks, "removed_bytes": total.n_bytes})
     else:
         echo(_removed_text(total))
+
+
+@click.command("wipe")
+@directories_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def wipe_command(directories: tuple[Path, ...], yes: bool, as_json: bool) -> None:
+    """Remove all content of a directory that no other process uses. Needs no key.
+
+    Removes blocks, pins, texts, stored responses and damaged files. Files are removed, not overwritten: an SSD or a
+    file system with a journal or snapshots may keep their bytes. The bytes of an encrypted directory are unreadable
+    once all copies of its key file are destroyed.
+    """
+    removed = []
+    for location in resolve_directories(directories):
+        encrypted = is_cache(location.path) and is_encrypted(location.path)
+        if not yes:
+            click.confirm(f"Remove all content of {one_line(str(location.path))}?", abort=True, err=True)
+        totals = wipe(location.path)
+        removed.append((location.path, totals, encrypted))
+    if as_json:
+        print_json(
+            [
+                {
+                    "directory": str(path),
+                    "removed_blocks": totals.n_blocks,
+                    "removed_bytes": totals.n_bytes,
+                    "encrypted": encrypted,
+                }
+                for path, totals, encrypted in removed
+            ]
+        )
+        return
+    for path, totals, encrypted in removed:
+        promise = (
+            "to make remains on the medium unreadable, destroy all copies of its key file"
+            if encrypted
+            else "it was not encrypted, so its bytes may stay on the medium until they are overwritten"
+        )
+        echo(f"{one_line(str(path))}: {_removed_text(totals)}; {promise}")

@@ -15,7 +15,7 @@ from erllama.cache.sizes import format_size
 from erllama.cli.cache.directories import directories_option, json_option, open_directories
 from erllama.cli.console import format_count, print_json, print_table
 from erllama.cli.loading import ModelOptions, existing_path
-from erllama.cli.options import FILE, model_and_cache_options, parse_age, read_text
+from erllama.cli.options import FILE, key_file_option, model_and_cache_options, parse_age, read_text
 
 
 @click.command("pin")
@@ -88,10 +88,11 @@ def read_list(path: Path) -> list[dict[str, object]]:
 
 @click.command("pins")
 @directories_option
+@key_file_option
 @json_option
-def list_pins(directories: tuple[Path, ...], as_json: bool) -> None:
+def list_pins(directories: tuple[Path, ...], key_file: Path | None, as_json: bool) -> None:
     """List the pins, the oldest first. A block that several pins share counts for each of them."""
-    with open_directories(directories) as opened:
+    with open_directories(directories, key_file) as opened:
         found = [(files, pin) for files in opened for pin in files.pins()]
     if as_json:
         print_json([pin.as_plain() | {"directory": str(files.root)} for files, pin in found])
@@ -120,9 +121,10 @@ def list_pins(directories: tuple[Path, ...], as_json: bool) -> None:
 @click.command("unpin")
 @click.argument("name")
 @directories_option
-def unpin_command(name: str, directories: tuple[Path, ...]) -> int:
+@key_file_option
+def unpin_command(name: str, directories: tuple[Path, ...], key_file: Path | None) -> int:
     """Remove the pin NAME. Its blocks stay until they are evicted. Exit status 1 if no pin has this name."""
-    with open_directories(directories) as opened:
+    with open_directories(directories, key_file) as opened:
         found = [files.unpin(name) for files in opened if not files.read_only]
     if not any(found):
         raise erllama.CacheError(f"there is no pin {name!r}; `erllama cache pins` lists the pins")

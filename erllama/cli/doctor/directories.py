@@ -12,7 +12,8 @@ from pathlib import Path
 import erllama
 from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.sizes import format_size
-from erllama.cache.tiers.directory import INDEX_NAME, file_system, is_cache
+from erllama.cache.tiers.directory import file_system, is_cache
+from erllama.cache.tiers.file_names import INDEX_NAME
 from erllama.cache.tiers.index_schema import SCHEMA_VERSION
 from erllama.cli.cache.directories import MEMORY_FILE_SYSTEMS, default_directories
 from erllama.cli.console import format_count

@@ -87,6 +87,12 @@ from erllama.server.settings.settings import CommandOptions, Settings, read_sett
     metavar="SIZE",
     help="Memory for all models. Idle ones are unloaded for others. Default: nine tenths of what is available.",
 )
+@click.option(
+    "--kv-events",
+    metavar="ADDRESS",
+    help="Publish which blocks are cached at this address, such as tcp://127.0.0.1:5557, for routers in front of "
+    "several replicas. Replays are at the next port.",
+)
 @model_and_cache_options
 def serve(
     models: tuple[str, ...],
@@ -104,6 +110,7 @@ def serve(
     on_request: bool,
     keep_alive: str | None,
     memory_limit: int | None,
+    kv_events: str | None,
     loading: ModelOptions,
 ) -> int:
     """Serve models over HTTP, with the APIs of OpenAI, Anthropic, llama-server and Ollama.
@@ -132,8 +139,14 @@ def serve(
             memory_limit=memory_limit,
             page=False if no_page else None,
         ),
-        cache=_given(disk=loading.cache_dir, disk_quota=loading.quota),
-        load=loading.options,
+        cache=_given(
+            disk=loading.cache_dir,
+            disk_quota=loading.quota,
+            key_file=loading.key_file,
+            remote=loading.remote,
+            remote_key_file=loading.remote_key_file,
+        ),
+        load={**loading.options, **_given(kv_events=kv_events)},
         in_process=in_process,
         access_log=access_log,
     )

@@ -1,4 +1,4 @@
-"""`POST /v1/messages` and `/v1/messages/count_tokens`: messages, whole or as streams, and the length of prompts."""
+"""`POST /v1/messages`: messages, whole or as streams; `/count_tokens`, `/render`: length and tokens of prompts."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from erllama.server.anthropic.signatures import ThoughtSigner
 from erllama.server.conduct.bodies import Json
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
+from erllama.server.replies.rendering import render_chat, rendered
 from erllama.server.replies.running import Replies, open_chat
 from erllama.server.replies.sse import encode_event, event_stream
 from erllama.server.replies.templates import count_prompt_tokens
@@ -35,10 +36,11 @@ _STOP_REASONS: Mapping[str, str] = {
 
 def endpoints() -> list[Endpoint[MessagesBody]]:
     """Return the endpoints of this module."""
-    counts = "Count the tokens of a conversation's prompt."
+    counts, renders = "Count the tokens of a conversation's prompt.", "Return the token ids of the prompt."
     return [
         Endpoint("POST", "/v1/messages", MessagesBody, answer, ERRORS, "Reply to a conversation."),
         Endpoint("POST", "/v1/messages/count_tokens", MessagesBody, count_tokens, ERRORS, counts),
+        Endpoint("POST", "/v1/messages/render", MessagesBody, render, ERRORS, renders),
     ]
 
 
@@ -91,6 +93,15 @@ async def count_tokens(call: Call, body: MessagesBody) -> Response:
     options = template_options(body, messages)
     n_tokens = await count_prompt_tokens(call, served, messages, body.cache_salt, **options)
     return json_response({"input_tokens": n_tokens}, headers=request_id_headers(call))
+
+
+async def render(call: Call, body: MessagesBody) -> Response:
+    """Answer with the token ids of the prompt that `answer` would compute."""
+    served = await call.use_model(body.model)
+    messages = _read_messages(call, body)
+    options = chat_options(body, served, messages, call.server.signing_key)
+    tokens = await render_chat(call, served, messages, **options)
+    return json_response(rendered(call, served, "msg", tokens), headers=request_id_headers(call))
 
 
 def request_id_headers(call: Call) -> dict[str, str]:

@@ -1,7 +1,9 @@
-"""`POST /v1/chat/completions`: a conversation, and its reply whole or as a stream of chunks."""
+"""`POST /v1/chat/completions`: a conversation, and its reply whole or as a stream; `/render`: its prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.responses import Response
@@ -18,6 +20,7 @@ from erllama.server.openai.logprobs import chat_logprobs
 from erllama.server.openai.usage import usage
 from erllama.server.replies.messages import read_messages
 from erllama.server.replies.openai_errors import ERRORS, encode_error
+from erllama.server.replies.rendering import render_chat, rendered
 from erllama.server.replies.running import Replies, open_chat
 from erllama.server.replies.sse import event_stream
 from erllama.server.replies.timings import timings
@@ -25,7 +28,11 @@ from erllama.server.replies.timings import timings
 
 def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
-    return [Endpoint("POST", "/v1/chat/completions", ChatBody, answer, ERRORS, "Reply to a conversation.")]
+    path, renders = "/v1/chat/completions", "Return the token ids of a conversation's prompt."
+    return [
+        Endpoint("POST", path, ChatBody, answer, ERRORS, "Reply to a conversation."),
+        Endpoint("POST", f"{path}/render", ChatBody, render, ERRORS, renders),
+    ]
 
 
 async def answer(call: Call, body: ChatBody) -> Response:
@@ -42,13 +49,29 @@ async def answer(call: Call, body: ChatBody) -> Response:
     return json_response(values | {"timings": timings(results[0])})
 
 
-async def _open(call: Call, served: ServedModel, body: ChatBody) -> Replies[ChatCompletion]:
-    """Submit the conversation. An error in one of its messages has that message's path."""
+async def render(call: Call, body: ChatBody) -> Response:
+    """Answer with the token ids of the prompt that `answer` would compute."""
+    served = await call.use_model(body.model)
     messages, options = read_messages(body.messages), chat_options(body, served.model)
-    try:
+    with _message_paths():
+        tokens = await render_chat(call, served, messages, **options)
+    return json_response(rendered(call, served, "chatcmpl", tokens))
+
+
+async def _open(call: Call, served: ServedModel, body: ChatBody) -> Replies[ChatCompletion]:
+    """Submit the conversation."""
+    messages, options = read_messages(body.messages), chat_options(body, served.model)
+    with _message_paths():
         return await open_chat(
             call, served, messages, n=body.n_choices, session_hint=body.prompt_cache_key, **options
         )
+
+
+@contextmanager
+def _message_paths() -> Iterator[None]:
+    """Give an error in one of the messages that message's path."""
+    try:
+        yield
     except ChatError as error:
         if error.index is None:
             raise

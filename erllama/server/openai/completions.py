@@ -1,10 +1,11 @@
-"""`POST /v1/completions`: prompts, and their completions whole or as a stream of chunks."""
+"""`POST /v1/completions`: prompts, and their completions whole or as a stream; `/render`: the prompts' tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -20,6 +21,7 @@ from erllama.server.openai.bodies import MAX_CHOICES, Inputs, StreamOptions, rea
 from erllama.server.openai.logprobs import completion_logprobs
 from erllama.server.openai.usage import finish_reason, usage_of_prompts
 from erllama.server.replies.openai_errors import ERRORS, encode_error
+from erllama.server.replies.rendering import render_completions, rendered
 from erllama.server.replies.running import Replies, open_completions
 from erllama.server.replies.sampling import SamplingBody
 from erllama.server.replies.sse import DONE, encode_event, event_stream
@@ -46,12 +48,39 @@ class CompletionBody(SamplingBody, kw_only=True):
 
 def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
-    return [Endpoint("POST", "/v1/completions", CompletionBody, answer, ERRORS, "Complete prompts.")]
+    renders = "Return the token ids of prompts."
+    return [
+        Endpoint("POST", "/v1/completions", CompletionBody, answer, ERRORS, "Complete prompts."),
+        Endpoint("POST", "/v1/completions/render", CompletionBody, render, ERRORS, renders),
+    ]
 
 
 async def answer(call: Call, body: CompletionBody) -> Response:
     """Answer a request with whole completions, or with a stream."""
     served = await call.use_model(body.model)
+    prompts, options = _read(body, served)
+    echoed = await asyncio.to_thread(_echoed, served, prompts) if body.echo else [""] * len(prompts)
+    with _suffix_path(body):
+        replies = await open_completions(call, served, prompts, suffix=body.suffix, n=body.n or 1, **options)
+    answering = _Answer(served, body, echoed, call.record.id)
+    if body.stream:
+        return event_stream(call, answering.stream(replies), encode_error)
+    async with replies:
+        results = await replies.results()
+    return json_response(answering.whole(results))
+
+
+async def render(call: Call, body: CompletionBody) -> Response:
+    """Answer with the token ids of the prompts that `answer` would compute."""
+    served = await call.use_model(body.model)
+    prompts, options = _read(body, served)
+    with _suffix_path(body):
+        found = await render_completions(call, served, prompts, suffix=body.suffix, **options)
+    return json_response([rendered(call, served, "cmpl", tokens) for tokens in found])
+
+
+def _read(body: CompletionBody, served: ServedModel) -> tuple[Sequence[str | list[int]], dict[str, Any]]:
+    """Return the prompts and the options of a request, checked."""
     prompts = read_inputs(body.prompt, "prompt")
     _check(body, prompts)
     options: dict[str, Any] = dict(body.sampling_options(served.model))
@@ -60,19 +89,18 @@ async def answer(call: Call, body: CompletionBody) -> Response:
         options["max_tokens"] = limit
     if body.logprobs is not None:
         options["logprobs"] = body.logprobs
-    echoed = await asyncio.to_thread(_echoed, served, prompts) if body.echo else [""] * len(prompts)
+    return prompts, options
+
+
+@contextmanager
+def _suffix_path(body: CompletionBody) -> Iterator[None]:
+    """Give an error about the suffix its path."""
     try:
-        replies = await open_completions(call, served, prompts, suffix=body.suffix, n=body.n or 1, **options)
+        yield
     except Unsupported as error:
         if body.suffix is None:
             raise
         raise ApiError("invalid_request", str(error), "unsupported", param="suffix") from error
-    answering = _Answer(served, body, echoed, call.record.id)
-    if body.stream:
-        return event_stream(call, answering.stream(replies), encode_error)
-    async with replies:
-        results = await replies.results()
-    return json_response(answering.whole(results))
 
 
 def _check(body: CompletionBody, prompts: Sequence[object]) -> None:

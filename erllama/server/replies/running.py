@@ -193,11 +193,7 @@ async def open_chat(
             session, which takes one request at a time.
         session_hint: name of a session to use unless another request is using it. `session_id` overrides it.
     """
-    options = cast(ChatOptions, _within_context(served, served.with_defaults(options)))
-    options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
-    options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
-    if call.server.options.drop_unstable_headers:
-        messages = drop_unstable_headers(messages)
+    options, messages = prepare_chat(call, served, messages, options)
     if call.server.options.log_prompts:
         call.record.prompt = messages
     await wait_for_process(call, served)
@@ -222,6 +218,18 @@ async def open_chat(
     replies: Replies[ChatCompletion] = Replies(call, streams, hint)
     note_prefix_change(call, served, replies.prompt)
     return replies
+
+
+def prepare_chat(
+    call: Call, served: ServedModel, messages: Messages, options: ChatOptions
+) -> tuple[ChatOptions, Messages]:
+    """Return the options of a chat with those of the model and the key, and its messages as the model gets them."""
+    options = cast(ChatOptions, _within_context(served, served.with_defaults(options)))
+    options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
+    options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
+    if call.server.options.drop_unstable_headers:
+        messages = drop_unstable_headers(messages)
+    return options, messages
 
 
 async def _start_chat(served: ServedModel, messages: Messages, options: ChatOptions) -> AsyncChatStream:
@@ -271,17 +279,16 @@ async def open_completions(
         Unsupported: there is a suffix, and the model does not fill gaps.
         Error: as `open_chat`.
     """
-    options = cast(CompletionOptions, _within_context(served, {**completion_defaults(served), **options}))
-    options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
+    options = prepare_completion(call, served, options)
     if call.server.options.log_prompts:
         logged = [prompt if isinstance(prompt, str) else [int(token) for token in prompt] for prompt in prompts]
         call.record.prompt = logged if len(logged) > 1 else logged[0]
     await wait_for_process(call, served)
-    await _compile_grammar(served, options)
+    await compile_grammar(served, options)
     streams: list[AsyncStream] = []
     try:
         for prompt in prompts:
-            tokens = await _tokenize(served, prompt, suffix)
+            tokens = await tokenize(served, prompt, suffix)
             for index in range(n):
                 own = _of_reply(options, index, has_session=not streams)
                 streams.append(served.model.astream(tokens, **own))
@@ -294,13 +301,20 @@ async def open_completions(
     return replies
 
 
+def prepare_completion(call: Call, served: ServedModel, options: CompletionOptions) -> CompletionOptions:
+    """Return the options of a completion with those of the model and the key."""
+    options = cast(CompletionOptions, _within_context(served, {**completion_defaults(served), **options}))
+    options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
+    return options
+
+
 def _within_context(served: ServedModel, options: dict[str, Any]) -> dict[str, Any]:
     """Return options whose `max_tokens` is at most the context: clients send huge numbers for no limit."""
     limit = options.get("max_tokens")
     return options if limit is None else {**options, "max_tokens": min(limit, served.model.n_ctx)}
 
 
-async def _tokenize(served: ServedModel, prompt: Prompt, suffix: str | None) -> Prompt:
+async def tokenize(served: ServedModel, prompt: Prompt, suffix: str | None) -> Prompt:
     """Return the token ids of a prompt. Texts are tokenized in a thread, since a long one takes a while."""
     if suffix is not None:
         return await asyncio.to_thread(served.model._requests.infill_prompt, prompt, suffix)
@@ -315,7 +329,7 @@ def completion_defaults(served: ServedModel) -> CompletionOptions:
     return cast(CompletionOptions, {name: value for name, value in served.defaults.items() if name in known})
 
 
-async def _compile_grammar(served: ServedModel, options: CompletionOptions) -> None:
+async def compile_grammar(served: ServedModel, options: CompletionOptions) -> None:
     """Compile the grammar of a request in a thread, so that a large schema does not block the event loop."""
     source, schema = options.get("grammar"), options.get("json_schema")
     if (source is None) == (schema is None):

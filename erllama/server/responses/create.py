@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: the next reply of a conversation, whole or as a stream of events."""
+"""`POST /v1/responses`: the next reply of a conversation, whole or as a stream; `/render`: its prompt."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
 from erllama.server.replies.messages import read_messages
 from erllama.server.replies.openai_errors import ERRORS, encode_error
+from erllama.server.replies.rendering import render_chat, rendered
 from erllama.server.replies.running import Replies, open_chat
 from erllama.server.replies.sse import encode_event, event_stream
 from erllama.server.replies.templates import count_prompt_tokens
@@ -44,6 +45,7 @@ def endpoints() -> list[Endpoint[ResponseBody]]:
     return [
         Endpoint("POST", path, ResponseBody, answer, ERRORS, "Reply to a conversation of items."),
         Endpoint("POST", f"{path}/input_tokens", ResponseBody, count, ERRORS, "Count the tokens of items."),
+        Endpoint("POST", f"{path}/render", ResponseBody, render, ERRORS, "Return the token ids of items."),
     ]
 
 
@@ -97,6 +99,20 @@ async def count(call: Call, body: ResponseBody) -> Response:
     except (ApiError, ChatError) as error:
         raise _with_place(error, request) from None
     return json_response({"object": "response.input_tokens", "input_tokens": n_tokens})
+
+
+async def render(call: Call, body: ResponseBody) -> Response:
+    """Answer with the token ids of the prompt that `answer` would compute."""
+    body.check()
+    served = await call.use_model(body.model)
+    request = await _read(call, body)
+    options: Any = chat_options(body, request.tools, served.model)
+    try:
+        messages = read_messages(request.conversation.messages)
+        tokens = await render_chat(call, served, messages, **options)
+    except (ApiError, ChatError) as error:
+        raise _with_place(error, request) from None
+    return json_response(rendered(call, served, "resp", tokens))
 
 
 async def _read(call: Call, body: ResponseBody) -> _Request:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from erllama._model.load import check_load_options, load_model
+from erllama.cache.blocks.key_file import read_key_file as read_secret_keys
 from erllama.cache.options import OPTIONS as CACHE_OPTIONS
-from erllama.cache.options import check_options, check_usable
+from erllama.cache.options import check_options, check_usable, checked_key_file
 from erllama.cache.sizes import parse_bytes
 from erllama.checks import boolean, reject_unknown, shown
 from erllama.errors import Error, ModelLoadError, OptionError
@@ -159,12 +160,19 @@ class _Reader:
     def _cache(self, section: Mapping[str, object]) -> dict[str, object]:
         known = [name for name in CACHE_OPTIONS if name not in _NOT_IN_FILES]
         options = self._known(("cache",), section, known, "[cache]")
+        key_file = self._cache_path(options.pop("key_file", None))
         options = self._check_together(("cache",), options, lambda rest: check_options(self._with_paths(rest)))
         options = self._with_paths(options)
         for name in options.keys() & set(_CACHE_PATHS):
             with self._at(("cache", name)):
                 for root in check_options({name: options[name]}):
                     check_usable(root)
+        if isinstance(options.get("remote_key_file"), str):
+            with self._at(("cache", "remote_key_file")):
+                read_secret_keys(str(options["remote_key_file"]))
+        with self._at(("cache", "key_file")):
+            if (checked := checked_key_file(key_file)) is not None:
+                options["key_file"] = str(checked)
         return options
 
     def _model(self, place: Place, entry: Mapping[str, object]) -> ModelEntry | None:
@@ -225,7 +233,14 @@ class _Reader:
 
     def _with_paths(self, options: Mapping[str, object]) -> dict[str, object]:
         """Return options of the cache, with absolute paths."""
-        return {name: self._cache_path(value) if name in _CACHE_PATHS else value for name, value in options.items()}
+        found = {
+            name: self._cache_path(value) if name in _CACHE_PATHS else value for name, value in options.items()
+        }
+        for name in ("remote", "remote_key_file"):
+            value = options.get(name)
+            if isinstance(value, str) and "://" not in value:
+                found[name] = str(self._resolve(value))
+        return found
 
     def _read_pin(self, place: Place, entry: Mapping[str, object]) -> None:
         known = self._known(place, entry, PIN_OPTIONS, "[[pins]]")

@@ -13,6 +13,8 @@ from pathlib import Path
 import erllama
 from erllama._model.load import check_load_options
 from erllama.cache.options import check_options, check_usable
+from erllama.errors import OptionError
+from erllama.events.options import KvEvents
 from erllama.server.conduct.key_files import read_key_file, read_key_variable
 from erllama.server.conduct.keys import ApiKey
 from erllama.server.models.entry import ModelEntry
@@ -157,7 +159,9 @@ def _read_models(command: CommandOptions, file: Configuration, mistakes: Mistake
     if not entries and not _has_mistake(file, "models"):
         entries = [ModelEntry(path=erllama.demo_model())]
     _check_names(command, file, entries, mistakes)
-    return tuple(_with_options(entry, command) for entry in entries)
+    models = tuple(_with_options(entry, command) for entry in entries)
+    _check_event_addresses(command, models, mistakes)
+    return models
 
 
 def _check_names(
@@ -185,6 +189,22 @@ def _check_names(
         for pin, line in pins:
             with mistakes.collecting(command.config, line):
                 pin.check_names(taken)
+
+
+def _check_event_addresses(command: CommandOptions, models: Sequence[ModelEntry], mistakes: Mistakes) -> None:
+    """Note addresses at which two models would publish their KV events."""
+    taken: dict[str, str] = {}
+    for entry in models:
+        place = (command.config, entry.lines.get("kv_events")) if entry.lines else (None, None)
+        with mistakes.collecting(*place):
+            events = KvEvents.of(entry.options.get("kv_events"))
+            for address in events.addresses if events is not None else ():
+                other = taken.setdefault(address, entry.id)
+                if other != entry.id and not address.endswith((":*", ":0")):
+                    raise OptionError(
+                        f"models {other!r} and {entry.id!r} publish KV events at {address}; give each model an "
+                        "address of its own, with kv_events in its [[models]]"
+                    )
 
 
 def _with_options(entry: ModelEntry, command: CommandOptions) -> ModelEntry:

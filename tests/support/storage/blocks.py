@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+import support.encrypted_caches  # noqa: F401 - in children, too
 from erllama.cache import Block, Cache, SaveReason, namespace_key, token_bytes
 
 NAMESPACE = namespace_key({"model": "a"})

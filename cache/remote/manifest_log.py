@@ -1,0 +1,243 @@
+"""The manifests of a remote tier as one machine reads and writes them.
+
+A machine publishes what it stored and removed as a new segment, and reads the segments of the others that it has
+not read yet. Any machine merges small segments into larger ones, so that their number stays small: the start of a
+machine costs one short listing and as many reads as there are segments, however many blocks there are. Two machines
+that merge the same segments at once do no harm, because entries may be listed twice. In a large fleet, a machine
+reads few of the small segments itself: it reads what others have merged.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from itertools import islice
+
+from erllama._runtime.log import logger
+from erllama.cache.remote import manifest
+from erllama.cache.remote.block_list import BlockList
+from erllama.cache.remote.daemon_threads import DaemonThreads
+from erllama.cache.remote.manifest import Entry, Event, SegmentName
+from erllama.cache.remote.signatures import Signer
+from erllama.cache.remote.stores import ObjectStore
+from erllama.errors import CacheFormatError
+
+log = logger("erllama.cache")
+
+_random = random.SystemRandom()  # apart from the generator that a program may have seeded: machines must differ
+
+_MOST_LISTED = 20_000  # names of segments that one poll looks at; a healthy bucket has less than a hundred
+_READ_AT_ONCE = 4
+_MERGE_FROM = 8  # segments of about the same size
+_SIZE_BITS = 3  # sizes within a factor of 8 are about the same
+_MERGE_AT_ONCE = 512  # segments that one merge reads
+_LARGE_ENTRIES = manifest.MAX_ENTRIES // 2  # a segment of so many entries is not merged again
+
+
+class ManifestLog:
+    """Reads and writes segments. `publish`, `read_new` and `merge` are called by one thread at a time.
+
+    Args:
+        blocks: receives the entries of other machines.
+        threads: read several segments at once.
+        count: adds to a counter of the tier.
+        on_replaced: called with the entries of stored blocks that another version has replaced.
+
+    Attributes:
+        n_due: segments of the last listing that should be merged.
+        n_writers: machines that wrote the small segments of the last listing.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        signer: Signer,
+        blocks: BlockList,
+        threads: DaemonThreads,
+        count: Callable[[str, int], None],
+        on_replaced: Callable[[Sequence[Entry]], None],
+    ) -> None:
+        self._store, self._signer, self._blocks, self._threads = store, signer, blocks, threads
+        self._count, self._on_replaced = count, on_replaced
+        self._lock = threading.Lock()  # guards the next three
+        self._waiting: list[Entry] = []
+        self._waiting_since = 0.0  # by time.monotonic()
+        self._known: dict[str, list[Entry] | None] = {}  # segments that were read; small ones with their entries
+        self._refused: set[str] = set()
+        self._writer = secrets.token_hex(8)
+        self._number = 0
+        self.n_due = self.n_writers = 0
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether entries wait to be published."""
+        return bool(self._waiting)
+
+    @property
+    def n_segments(self) -> int:
+        """The number of segments that were read, or written."""
+        return len(self._known)
+
+    # --- writing --------------------------------------------------------------------------------------
+
+    def append(self, entry: Entry) -> None:
+        """Add an entry to the next segment."""
+        with self._lock:
+            if not self._waiting:
+                self._waiting_since = time.monotonic()
+            self._waiting.append(entry)
+
+    def seconds_to_publish(self, delay: float) -> float | None:
+        """Return when entries must be published, in seconds from now; None if there are none.
+
+        Args:
+            delay: how long an entry may wait.
+        """
+        with self._lock:
+            if not self._waiting:
+                return None
+            if len(self._waiting) >= manifest.MAX_ENTRIES:
+                return 0.0
+            return max(self._waiting_since + delay - time.monotonic(), 0.0)
+
+    def publish(self) -> None:
+        """Write the entries that wait. On a failure they wait on, and the error is raised."""
+        while True:
+            with self._lock:
+                entries = self._waiting[: manifest.MAX_ENTRIES]
+            if not entries:
+                return
+            self._write([entry for entry in entries if self._blocks.counts(entry)])
+            with self._lock:
+                del self._waiting[: len(entries)]
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        """Write one segment."""
+        if not entries:
+            return
+        self._number += 1
+        name = str(SegmentName(self._writer, self._number, len(entries)))
+        self._store.put(name, manifest.encode(entries, self._signer))
+        with self._lock:
+            self._known[name] = list(entries) if len(entries) < _LARGE_ENTRIES else None
+
+    # --- reading --------------------------------------------------------------------------------------
+
+    def read_new(self, until: float | None = None, most: int | None = None) -> bool:
+        """Read the segments that were not read yet, large ones first.
+
+        Args:
+            until: when to stop, by time.monotonic(); None for never.
+            most: how many to read. Small ones beyond that are read once a machine has merged them.
+
+        Returns:
+            False if some are left because of `until`.
+
+        Raises:
+            RemoteError: the service fails.
+        """
+        new = self._list_new()
+        for at in range(0, len(new) if most is None else min(len(new), most), _READ_AT_ONCE):
+            if until is not None and time.monotonic() >= until:
+                return False
+            names = [str(name) for name in new[at : at + _READ_AT_ONCE]]
+            reads = [self._threads.submit(_Read(self._store, self._signer, name)) for name in names]
+            for name, read in zip(names, reads, strict=True):
+                self._apply(name, read)
+        return True
+
+    def _list_new(self) -> list[SegmentName]:
+        """Return the names of the segments that were not read yet, large ones first."""
+        listed = {each.name for each in islice(self._store.list(manifest.PREFIX), _MOST_LISTED)}
+        parsed = [name for text in listed if (name := manifest.parse_name(text)) is not None]
+        small = [name for name in parsed if name.n_entries < _LARGE_ENTRIES]
+        self.n_due, self.n_writers = len(_due(small)), len({name.writer for name in small})
+        with self._lock:
+            for text in self._known.keys() - listed:  # merged into others
+                del self._known[text]
+            self._refused &= listed
+            new = [name for name in parsed if str(name) not in self._known and str(name) not in self._refused]
+        return sorted(new, key=lambda name: name.n_entries, reverse=True)
+
+    def _apply(self, name: str, read: Future[list[Entry]]) -> None:
+        try:
+            entries = read.result()
+        except FileNotFoundError:
+            return  # merged since it was listed; the next poll finds the merged one
+        except CacheFormatError as error:
+            log.warning("manifest %s: %s; ignored", name, error)
+            self._count("remote_manifests_refused", 1)
+            with self._lock:
+                self._refused.add(name)
+            return
+        self._on_replaced(self._blocks.merge(entries))
+        with self._lock:
+            self._known[name] = entries if len(entries) < _LARGE_ENTRIES else None
+
+    # --- merging --------------------------------------------------------------------------------------
+
+    @property
+    def should_merge(self) -> bool:
+        """Whether this machine should merge now. Of all machines that ask at about the same time, few should."""
+        if not self.n_due:
+            return False
+        wanted = max(1.0, 2 * self.n_due / _MERGE_AT_ONCE)
+        return _random.random() < wanted / max(self.n_writers, 1)
+
+    def merge(self, *, always: bool = False) -> None:
+        """Merge small segments into larger ones. Reads those that were not read yet first.
+
+        Args:
+            always: merge all of them, however few there are.
+        """
+        self.read_new(most=None if always else _MERGE_AT_ONCE)
+        with self._lock:
+            small = {name: entries for name, entries in self._known.items() if entries is not None}
+        parsed = [name for text in small if (name := manifest.parse_name(text)) is not None]
+        due = parsed if always else _due(parsed)
+        merged = [str(name) for name in sorted(due, key=lambda name: name.n_entries)[:_MERGE_AT_ONCE]]
+        if len(merged) < 2:
+            return
+        entries = _newest(entry for name in merged for entry in small[name] if self._blocks.counts(entry))
+        for at in range(0, len(entries), manifest.MAX_ENTRIES):
+            self._write(entries[at : at + manifest.MAX_ENTRIES])
+        self._store.delete(merged)  # only now: until then, a machine that starts reads these
+        with self._lock:
+            for text in merged:
+                self._known.pop(text, None)
+
+
+def _due(small: Iterable[SegmentName]) -> list[SegmentName]:
+    """Return the segments to merge: those of which there are many of about the same size.
+
+    A segment grows by a factor with each merge, so that an entry is written and read a few times only.
+    """
+    by_size: dict[int, list[SegmentName]] = defaultdict(list)
+    for name in small:
+        by_size[max(name.n_entries, 1).bit_length() // _SIZE_BITS].append(name)
+    return [name for names in by_size.values() if len(names) >= _MERGE_FROM for name in names]
+
+
+class _Read:
+    """Reads one segment."""
+
+    def __init__(self, store: ObjectStore, signer: Signer, name: str) -> None:
+        self._store, self._signer, self.name = store, signer, name
+
+    def __call__(self) -> list[Entry]:
+        return manifest.decode(self._store.get(self.name, manifest.MAX_SEGMENT_BYTES), self._signer)
+
+
+def _newest(entries: Iterable[Entry]) -> list[Entry]:
+    """Return one entry per block, and its latest use."""
+    found: dict[tuple[bytes, bool], Entry] = {}
+    for entry in entries:
+        kind = (entry.key, entry.event is Event.USED)
+        if kind not in found or found[kind].at < entry.at:
+            found[kind] = entry
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""Replicas of `erllama serve` behind vllm-router and beside Dynamo's selection service: `make test-routers`."""
