@@ -36,7 +36,7 @@ ROUTER_PACKAGES := vllm-router==0.1.17 ai-dynamo-runtime==1.6.1
 ROUTERS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/erllama/routers-1
 # The tests of real models, which skip without ERLLAMA_REAL_MODELS and ERLLAMA_TEST_MODEL.
 REAL_MODEL_TESTS := $(addprefix tests/,models/test_real_models.py models/test_real_adapters.py models/test_real_embeddings.py \
-	exactness/test_real_exactness.py chat/test_real_chats.py)
+	models/test_real_memory_estimates.py exactness/test_real_exactness.py chat/test_real_chats.py)
 # Errors only: pip's warnings about its configuration would hide the messages of the set-up.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 

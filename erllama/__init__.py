@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         CellsExhausted,
         ChatError,
         DeadlineExceeded,
+        DownloadError,
         Error,
         EventsError,
         GrammarError,
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
         ModelFailed,
         ModelLoadError,
         ModelMismatch,
+        ModelNameError,
         ModelNotFound,
         ModelUnloaded,
         OptionError,
@@ -168,6 +170,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "CellsExhausted",
         "ChatError",
         "DeadlineExceeded",
+        "DownloadError",
         "Error",
         "EventsError",
         "GrammarError",
@@ -179,6 +182,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "ModelFailed",
         "ModelLoadError",
         "ModelMismatch",
+        "ModelNameError",
         "ModelNotFound",
         "ModelUnloaded",
         "OptionError",
@@ -199,7 +203,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
-_SUBMODULES = ("cache", "chat", "engine", "errors", "llama_cpp")
+_SUBMODULES = ("cache", "chat", "engine", "errors", "llama_cpp", "models")
 
 __all__ = [
     "Adapter",
@@ -229,6 +233,7 @@ __all__ = [
     "Delta",
     "Device",
     "Done",
+    "DownloadError",
     "Drafter",
     "Drafts",
     "EngineMetrics",
@@ -249,6 +254,7 @@ __all__ = [
     "ModelInfo",
     "ModelLoadError",
     "ModelMismatch",
+    "ModelNameError",
     "ModelNotFound",
     "ModelUnloaded",
     "OptionError",

@@ -59,6 +59,7 @@ from erllama.engine import (
     Vocabulary,
 )
 from erllama.errors import OptionError, PromptError
+from erllama.models.download.hub import pull_from_hub
 
 
 class ModelRegistry(Protocol):
@@ -107,6 +108,42 @@ class Model:
         self._pins = PinRequests(backend, id, cache, runner, self._prompts, self._requests, self._chat_requests)
         self._embeddings = EmbeddingRequests(backend, id, runner, self._prompts)
         self._adapters = AdapterLoader(backend, id, cache, runner, self._prompts)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo: str,
+        filename: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        on_download: Callable[[float], object] | None = None,
+        **options: object,
+    ) -> Model:
+        """Download a model of the Hugging Face hub, unless it is there already, and load it.
+
+        The files lie in the cache of huggingface_hub. Needs `pip install 'erllama[hub]'`.
+
+        Args:
+            repo: "ORG/NAME".
+            filename: a file of the repository, a pattern such as "*Q4_K_M.gguf", or a quantization such as
+                "Q4_K_M". None for Q4_K_M, or for the only model of the repository.
+            revision: a branch, a tag or a commit; None for "main".
+            cache_dir: directory of the cache; None for that of huggingface_hub.
+            on_download: called with the downloaded fraction, 0.0 to 1.0. Returning False cancels.
+            options: of `load_model`.
+
+        Raises:
+            DownloadError: the download fails, or its digest is wrong.
+            MissingPackage: huggingface_hub is not installed.
+            Error: as for `load_model`.
+        """
+        from erllama._model.load import check_load_options, load_model
+
+        loading = {name: value for name, value in options.items() if name not in ("id", "cache", "on_progress")}
+        check_load_options(loading)  # before a long download
+        path = pull_from_hub(repo, filename, revision=revision, cache_dir=cache_dir, on_progress=on_download)
+        return load_model(path, **options)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         state = "unloaded" if self._runner.stopped else self.phase

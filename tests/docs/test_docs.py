@@ -38,9 +38,12 @@ from erllama.llama_cpp import Llama
 from erllama.llama_cpp.llama_chat_format import CHAT_FORMATS
 from erllama.llama_cpp.loading import LEGACY
 from erllama.testing import TierConformance
+from erllama.testing.models import write_llama
 from erllama.testing.scripted import write_scripted
 from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, model_replying, user
 from support.doc_pages import DOCS, NAMES, SCRIPTS, blocks
+from support.hub_server import HubServer
+from support.model_stores import OllamaStore, empty_home
 from support.paths import ROOT
 
 sys.path.append(str(ROOT))
@@ -320,6 +323,24 @@ def test_the_tiers_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.Monk
         with erllama.load_backend(StubBackend(), cache=cache) as model:
             hit = model.complete(prompt, max_tokens=4).cache
     assert (hit.kind, hit.tier) == ("exact", "remote")
+
+
+def test_the_models_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ollama's store has a small model, and a local server is the hub."""
+    content = write_llama(tmp_path / "tiny.gguf").read_bytes()
+    empty_home(tmp_path / "home", monkeypatch)
+    OllamaStore(tmp_path / "home" / ".ollama" / "models").add("registry.ollama.ai/library/llama3.2/3b", content)
+    hub = HubServer({"repo-Q4_K_M.gguf": content})
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    try:
+        names: Names = {}
+        run("docs/models.md", names)
+        assert names["fit"].fits
+        assert names["path"].name == "repo-Q4_K_M.gguf"
+    finally:
+        hub.close()
 
 
 def test_the_harness_page_runs_as_written(tmp_path: Path) -> None:
