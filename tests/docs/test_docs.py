@@ -368,6 +368,7 @@ def test_the_harness_page_runs_as_written(tmp_path: Path) -> None:
 
 # Pages whose snippets other tests run.
 ELSEWHERE = {
+    "docs/llm.md": "tests/cli/test_llm_plugin.py",
     "docs/backends.md": "tests/harness/test_backends.py",
     "docs/metrics.md": "tests/serving/test_metrics.py",
     "docs/demo-model.md": "tests/models/test_demo_model.py",
