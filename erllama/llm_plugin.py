@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import llm
 from llm.parts import (
@@ -90,7 +90,7 @@ class Options(llm.Options):
     thinking: bool | None = Field(
         default=None, description="Turn thinking on or off. Default: the setting of the model's template."
     )
-    n_ctx: int | str | None = Field(
+    n_ctx: int | Literal["fit"] | None = Field(
         default=None,
         description="Context size in tokens, or fit for the largest that fits the free memory. "
         "Default: the model's, up to 4096.",

@@ -169,7 +169,9 @@ def test_options_reach_the_model() -> None:
     with pytest.raises(ValueError, match="temprature"):
         model.prompt(SUM, temprature=1)
     with pytest.raises(erllama.PromptTooLong):
-        model.prompt("word " * 400, n_ctx=256, n_threads=1).text()
+        model.prompt("word " * 400, n_ctx="256", n_threads="1").text()  # the command passes texts
+    with pytest.raises(ValueError, match="n_ctx"):
+        model.prompt(SUM, n_ctx="large")
 
 
 def test_a_schema_constrains_the_reply() -> None:
