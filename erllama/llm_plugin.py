@@ -1,8 +1,8 @@
-"""The plugin of Simon Willison's `llm`: local models as `erllama/NAME`, with erllama's cache.
+"""The plugin of Simon Willison's llm: models on this machine by their names, with erllama's cache.
 
-`llm` finds this module by its entry point and calls `register_models`. Models are loaded at their first prompt and
-stay loaded until the process ends. Their prompts are cached in the user's cache directory, so the next process
-restores a conversation. No other part of erllama imports this module.
+The models are `erllama/NAME`. llm finds this module by its entry point and calls `register_models`. Models are loaded
+at their first prompt and stay loaded until the process ends. Their prompts are cached in the user's cache directory,
+so the next process restores a conversation. No other part of erllama imports this module.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from llm.parts import (
 from pydantic import Field
 
 import erllama
+from erllama._model.default_cache import default_cache
 from erllama._model.requests.options import ChatOptions
 from erllama.errors import ChatError
 from erllama.models.catalogue import CATALOGUE
@@ -101,11 +102,10 @@ class Options(llm.Options):
 
 
 class _Loaded:
-    """The models that this process has loaded, and their cache. Any thread may use it."""
+    """The models that this process has loaded. Any thread may use it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._cache: erllama.Cache | None = None
         self._models: dict[tuple[object, ...], erllama.Model] = {}
 
     def get(self, name: str, options: Mapping[str, Any]) -> erllama.Model:
@@ -118,19 +118,14 @@ class _Loaded:
         key = (os.path.realpath(path), *sorted(options.items()))
         with self._lock:
             if key not in self._models:
-                if self._cache is None:
-                    self._cache = erllama.Cache(disk=os.environ.get("ERLLAMA_CACHE_DIR") or True)
-                self._models[key] = erllama.load_model(path, cache=self._cache, **options)
+                self._models[key] = erllama.load_model(path, cache=default_cache(), **options)
             return self._models[key]
 
     def close(self) -> None:
-        """Unload the models and close the cache. The exit of the process does the same."""
+        """Unload the models. The exit of the process does the same."""
         with self._lock:
             while self._models:
                 self._models.popitem()[1].unload()
-            if self._cache is not None:
-                self._cache.close()
-                self._cache = None
 
 
 loaded = _Loaded()

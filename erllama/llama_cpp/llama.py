@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Never, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._model.default_cache import default_cache
 from erllama._model.load import load_model
 from erllama._model.model import Model
 from erllama._model.requests.scoring import infill_prompt
@@ -20,7 +21,6 @@ from erllama.errors import OptionError, PromptError, Unsupported
 from erllama.llama_cpp import constants
 from erllama.llama_cpp.chats import ChatRun, clean_messages, format_schema, tool_options
 from erllama.llama_cpp.completions import TextCompletion
-from erllama.llama_cpp.default_cache import default_cache
 from erllama.llama_cpp.generation import TokenLevel
 from erllama.llama_cpp.llama_cache import BaseLlamaCache
 from erllama.llama_cpp.llama_chat_format import STOPS, template_of

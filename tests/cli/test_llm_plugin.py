@@ -24,6 +24,7 @@ from llm.parts import (
 
 import erllama
 from erllama import llm_plugin
+from erllama._model.default_cache import default_cache
 from support.doc_pages import DOCS, blocks
 from support.model_stores import empty_home
 
@@ -39,9 +40,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path / "llm"))
     monkeypatch.setenv("LLM_LOAD_PLUGINS", "erllama")
     monkeypatch.setenv("ERLLAMA_CACHE_DIR", str(tmp_path / "prompts"))
+    monkeypatch.setattr("erllama._model.default_cache._default_cache", None)
     (tmp_path / "llm").mkdir()
     yield tmp_path
     llm_plugin.loaded.close()
+    default_cache().close()
 
 
 def run_llm(*arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:

@@ -189,7 +189,7 @@ def test_the_chat_page_names_every_option_and_format() -> None:
 def test_the_llama_cpp_python_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ERLLAMA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("erllama.llama_cpp.default_cache._default_cache", None)
+    monkeypatch.setattr("erllama._model.default_cache._default_cache", None)
     installed = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "llama_cpp"}
     write_scripted(tmp_path / "model.gguf", {"a": "b", "b": "c", "c": "a"}, chat_template=TEMPLATE)
     names: Names = {}

@@ -297,7 +297,7 @@ def test_embeddings_are_pooled_as_asked(tiny_gguf: Path, llama: Llama) -> None:
 
 def test_prompts_are_warm_after_a_restart(tiny_gguf: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: ANN401
     monkeypatch.setenv("ERLLAMA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("erllama.llama_cpp.default_cache._default_cache", None)
+    monkeypatch.setattr("erllama._model.default_cache._default_cache", None)
     for expected in (None, "disk"):
         llama = Llama(tiny_gguf, n_ctx=1024, n_threads=1)
         llama(LONG, max_tokens=1)
@@ -339,7 +339,7 @@ def test_a_llama_that_is_dropped_unloads_without_a_warning(tiny_gguf: Path) -> N
 
 def test_a_llama_is_pickled_as_its_options(tiny_gguf: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: ANN401
     monkeypatch.setenv("ERLLAMA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("erllama.llama_cpp.default_cache._default_cache", None)
+    monkeypatch.setattr("erllama._model.default_cache._default_cache", None)
     llama = Llama(str(tiny_gguf), n_ctx=256, n_threads=1)
     copy = pickle.loads(pickle.dumps(llama))  # noqa: S301
     assert text(copy("Once", temperature=0)) == text(llama("Once", temperature=0))
