@@ -1,8 +1,8 @@
 """The plugin of Simon Willison's llm: models on this machine by their names, with erllama's cache.
 
-The models are `erllama/NAME`. llm finds this module by its entry point and calls `register_models`. Models are loaded
-at their first prompt and stay loaded until the process ends. Their prompts are cached in the user's cache directory,
-so the next process restores a conversation. No other part of erllama imports this module.
+The models are `erllama/NAME`. llm finds this module by its entry point and calls `register_models`. Models are
+loaded at their first prompt and stay loaded until the process ends. Their prompts are cached in the user's cache
+directory, so the next process restores a conversation. No other part of erllama imports this module.
 """
 
 from __future__ import annotations
