@@ -16,6 +16,10 @@ INSTALLED := $(VENV)/.installed-$(BACKEND)$(if $(filter 1,$(RPC)),+rpc)
 INSTALLED_DEV := $(VENV)/.dev
 LLAMAINDEX := $(VENV)/llamaindex
 INSTALLED_LLAMAINDEX := $(LLAMAINDEX)/.installed
+LLAMA_CPP := $(VENV)/llama-cpp-python
+INSTALLED_LLAMA_CPP := $(LLAMA_CPP)/.installed
+RAY := $(VENV)/ray
+INSTALLED_RAY := $(RAY)/.installed
 # The tests of `make check`: fast files that protect what often breaks. All of them take less than a minute of CPU time.
 FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapters.py chat/test_tool_formats.py chat/test_turns.py \
 	cli/test_cli_chat.py docs/test_cli_docs.py cli/test_cli_files.py docs/test_plots.py models/test_loading.py \
@@ -25,14 +29,14 @@ FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapter
 # Finds faults of accessibility in the chat page. Only its tests use it. tests/support/browser.py has the same version.
 AXE_VERSION := 4.14.1
 AXE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/erllama/axe-core-$(AXE_VERSION)
+# The tests that draw their examples. ERLLAMA_EXAMPLES multiplies how many.
+PROPERTY_TESTS = $(filter-out tests/harness/% tests/docs/%,$(shell grep -rlE '^ *@given' tests --include='test_*.py'))
 # Consumers of KV events, for `make test-routers`.
 ROUTER_PACKAGES := vllm-router==0.1.17 ai-dynamo-runtime==1.6.1
 ROUTERS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/erllama/routers-1
-# The tests that draw their examples. ERLLAMA_EXAMPLES multiplies how many.
-PROPERTY_TESTS = $(filter-out tests/harness/% tests/docs/%,$(shell grep -rlE '^ *@given' tests --include='test_*.py'))
 # The tests of real models, which skip without ERLLAMA_REAL_MODELS and ERLLAMA_TEST_MODEL.
 REAL_MODEL_TESTS := $(addprefix tests/,models/test_real_models.py models/test_real_adapters.py models/test_real_embeddings.py \
-	exactness/test_real_exactness.py chat/test_real_chats.py)
+	models/test_real_memory_estimates.py exactness/test_real_exactness.py chat/test_real_chats.py)
 # Errors only: pip's warnings about its configuration would hide the messages of the set-up.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 
@@ -45,7 +49,7 @@ endef
 
 ENCRYPTED_TESTS := $(addprefix tests/,exactness/test_exactness.py exactness/test_joined_blocks.py storage/test_crashes.py)
 
-.PHONY: setup setup-dev demo demo-model real-models agents test test-routers test-remote test-page test-encrypted test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model real-models agents test test-routers test-remote test-fleet test-page test-encrypted test-rpc test-models test-llama-server test-llama-cpp-python check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -72,6 +76,24 @@ $(INSTALLED_LLAMAINDEX): $(INSTALLED)
 	@$(PYTHON) -m venv $(LLAMAINDEX)
 	@$(BIN)/python scripts/extra_requirements.py llamaindex > $(LLAMAINDEX)/requirements.txt
 	@$(LLAMAINDEX)/bin/python -m pip --disable-pip-version-check -q -q install -r $(LLAMAINDEX)/requirements.txt
+	@touch $@
+
+# LlamaIndex's and llm's plugins depend on llama-cpp-python, which would be compiled, so pip installs them alone. The
+# environment sees the packages of $(VENV) after its own, and so erllama itself.
+$(INSTALLED_LLAMA_CPP): $(INSTALLED) scripts/llama_cpp_python_tests/environment.py
+	@echo "setup: installing LangChain, LlamaIndex and llm for the tests, in $(LLAMA_CPP)"
+	@$(PYTHON) -m venv $(LLAMA_CPP)
+	@$(LLAMA_CPP)/bin/python scripts/llama_cpp_python_tests/environment.py $(CURDIR)/$(VENV)
+	@touch $@
+
+# In an environment of its own, which finds erllama and what is not installed there in the other one.
+$(INSTALLED_RAY): $(INSTALLED_DEV)
+	@echo "setup: installing Ray for the tests of fleets, in $(RAY)"
+	@$(BIN)/python -m venv $(RAY)
+	@$(BIN)/python scripts/extra_requirements.py ray > $(RAY)/requirements.txt
+	@$(RAY)/bin/python -m pip --disable-pip-version-check -q -q install -r $(RAY)/requirements.txt
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
+	"$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_erllama.pth"
 	@touch $@
 
 demo: setup
@@ -133,10 +155,22 @@ test-models: $(if $(ERLLAMA_TEST_MODEL),setup-dev,real-models)
 test-llama-server: setup-dev
 	$(BIN)/python -m scripts.llama_server_tests $(LLAMA_TESTS)
 
+# llama-cpp-python's own tests of its high-level interface, and LangChain, LlamaIndex and `llm` with the module under
+# the name llama_cpp, in an environment of their own. Downloads llama-cpp-python's sources first: 70 MB.
+test-llama-cpp-python: real-models $(INSTALLED_LLAMA_CPP)
+	$(LLAMA_CPP)/bin/python -m scripts.llama_cpp_python_tests $(LLAMA_CPP_TESTS)
+	$(LLAMA_CPP)/bin/python -m scripts.llama_cpp_python_tests.clients
+
 # Codex and OpenCode against `erllama serve`, with scripted replies. Needs npm, git, and Linux on x86-64. Fetches the
 # agents first: 600 MB in the user's cache directory. AGENTS holds further arguments, as AGENTS="--agent codex".
 agents: setup-dev
 	$(BIN)/python -m scripts.agents $(AGENTS)
+
+# A fleet under Ray Serve, with replicas of the demo model on this machine: reuse of prefixes, a killed replica, scaling, and
+# replicas of another model. Some minutes on two idle cores. FLEET holds further arguments, as
+# FLEET="--conversations 50 reuse".
+test-fleet: $(INSTALLED_RAY)
+	$(RAY)/bin/python -m scripts.fleet_tests $(FLEET)
 
 # The linters and the fast tests: under two minutes on two idle cores. Run it before each commit.
 check: lint
@@ -151,7 +185,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	@rm -rf $(TREE) && mkdir -p $(TREE)/erllama && ln -s $(addprefix $(CURDIR)/,$(wildcard erllama/*) engine cache llama_ffi) $(TREE)/erllama/
 	@ln -s $(CURDIR)/scripts $(TREE)/scripts
-	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model -p scripts.agents -p scripts.router_tests -m scripts.real_models -m scripts.bert_to_gguf
+	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model -p scripts.agents -p scripts.router_tests -p scripts.fleet_tests -m scripts.real_models -m scripts.bert_to_gguf
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 format: setup-dev

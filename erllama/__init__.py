@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from erllama._model.requests.scoring import Score
     from erllama._model.requests.speculation import Verification
     from erllama._model.requests.streams import AsyncStream, Stream
+    from erllama._model.requests.tool_runs import AsyncToolStream, ToolRun, ToolStream
     from erllama._process.options import ProcessOptions
     from erllama.cache import Cache, MemoryUsage, Pin, Policy, Pressure, SaveReason
+    from erllama.chat.functions import ToolResult
     from erllama.chat.results import ChatCompletion, Usage
     from erllama.chat.templates.template import render_chat_template
     from erllama.engine import (
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
         CellsExhausted,
         ChatError,
         DeadlineExceeded,
+        DownloadError,
         Error,
         EventsError,
         GrammarError,
@@ -81,6 +84,8 @@ if TYPE_CHECKING:
         MissingPackage,
         ModelFailed,
         ModelLoadError,
+        ModelMismatch,
+        ModelNameError,
         ModelNotFound,
         ModelUnloaded,
         OptionError,
@@ -119,8 +124,10 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
     "erllama._model.requests.scoring": ("Score",),
     "erllama._model.requests.speculation": ("Verification",),
     "erllama._model.requests.streams": ("AsyncStream", "Stream"),
+    "erllama._model.requests.tool_runs": ("AsyncToolStream", "ToolRun", "ToolStream"),
     "erllama._process.options": ("ProcessOptions",),
     "erllama.cache": ("Cache", "MemoryUsage", "Pin", "Policy", "Pressure", "SaveReason"),
+    "erllama.chat.functions": ("ToolResult",),
     "erllama.chat.results": ("ChatCompletion", "Usage"),
     "erllama.chat.templates.template": ("render_chat_template",),
     "erllama.engine": (
@@ -163,6 +170,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "CellsExhausted",
         "ChatError",
         "DeadlineExceeded",
+        "DownloadError",
         "Error",
         "EventsError",
         "GrammarError",
@@ -173,6 +181,8 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "MissingPackage",
         "ModelFailed",
         "ModelLoadError",
+        "ModelMismatch",
+        "ModelNameError",
         "ModelNotFound",
         "ModelUnloaded",
         "OptionError",
@@ -193,7 +203,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
-_SUBMODULES = ("cache", "chat", "engine", "errors")
+_SUBMODULES = ("cache", "chat", "engine", "errors", "llama_cpp", "models")
 
 __all__ = [
     "Adapter",
@@ -202,6 +212,7 @@ __all__ = [
     "AlreadyLoaded",
     "AsyncChatStream",
     "AsyncStream",
+    "AsyncToolStream",
     "BackendError",
     "Buffer",
     "Cache",
@@ -222,6 +233,7 @@ __all__ = [
     "Delta",
     "Device",
     "Done",
+    "DownloadError",
     "Drafter",
     "Drafts",
     "EngineMetrics",
@@ -241,6 +253,8 @@ __all__ = [
     "ModelFailed",
     "ModelInfo",
     "ModelLoadError",
+    "ModelMismatch",
+    "ModelNameError",
     "ModelNotFound",
     "ModelUnloaded",
     "OptionError",
@@ -274,6 +288,9 @@ __all__ = [
     "ToolCallDelta",
     "ToolCallEnd",
     "ToolCallError",
+    "ToolResult",
+    "ToolRun",
+    "ToolStream",
     "Unsupported",
     "Usage",
     "Verification",

@@ -87,6 +87,22 @@ class ModelLoadError(Error):
     """A model file cannot be loaded."""
 
 
+class ModelNameError(ModelLoadError):
+    """No model on this machine has the name, several begin with it, or the one that has it is incomplete.
+
+    Attributes:
+        candidates: names that could be meant.
+    """
+
+    def __init__(self, message: str, *, candidates: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.candidates = candidates
+
+
+class DownloadError(Error):
+    """A model cannot be downloaded, or what was downloaded is wrong. No incomplete model has its name."""
+
+
 class AdapterLoadError(Error):
     """An adapter file cannot be loaded, or does not fit the model."""
 
@@ -116,12 +132,12 @@ class ModelUnloaded(Error):  # noqa: N818
 
 
 class MemoryLimitExceeded(Error):  # noqa: N818
-    """A model does not fit the memory limit of a server. It was not loaded.
+    """A model does not fit the free memory, or the memory limit of a server. It was not loaded.
 
     Attributes:
         n_bytes: estimated memory that the model needs.
-        limit: bytes for all models of the server.
-        is_busy: whether it fits once other models are idle.
+        limit: bytes that are free, or bytes for all models of the server.
+        is_busy: whether it fits once other models of the server are idle.
     """
 
     def __init__(self, message: str, n_bytes: int = 0, limit: int = 0, is_busy: bool = False) -> None:
@@ -153,8 +169,12 @@ class ModelFailed(Error):  # noqa: N818
     """The process of the model ended too often and is not started again. Unload the model, and load it again."""
 
 
+class ModelMismatch(Error):  # noqa: N818
+    """A replica of a fleet runs another model than the ingress has tokenized for, under the same name."""
+
+
 class RequestCrashed(Error):  # noqa: N818
-    """The request was running when the model's process ended, twice in a row. It is not sent again."""
+    """The request ran when the model's process or replica ended, twice in a row. It is not sent again."""
 
 
 class QueueFull(Error):  # noqa: N818

@@ -60,14 +60,21 @@ class GGUFHeader:
     data_offset: int
 
 
-def read_header(path: str | Path) -> GGUFHeader:
+def read_header(path: str | Path, *, lists_of_texts: bool = True) -> GGUFHeader:
     """Read the header of a GGUF file.
+
+    Args:
+        lists_of_texts: read metadata that are lists of texts. Those of a vocabulary take longer than all else.
 
     Raises:
         LlamaError: the file is not a GGUF file that libllama can read.
     """
     gguf = _open(path)
-    metadata = {text(lib.erl_gguf_key(gguf, i)): _value(gguf, i) for i in range(lib.erl_gguf_n_keys(gguf))}
+    metadata = {
+        text(lib.erl_gguf_key(gguf, i)): _value(gguf, i)
+        for i in range(lib.erl_gguf_n_keys(gguf))
+        if lists_of_texts or lib.erl_gguf_type(gguf, i) != _ARRAY or lib.erl_gguf_array_type(gguf, i) != _STRING
+    }
     return GGUFHeader(MappingProxyType(metadata), _tensors(gguf), int(lib.erl_gguf_data_offset(gguf)))
 
 

@@ -127,12 +127,28 @@ def cgroup_memory(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> list[Me
     return [usage for usage in found if usage is not None]
 
 
-def _usage(level: Level) -> MemoryUsage | None:
+def available_memory(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> int:
+    """Return the bytes that this process can still allocate: of the machine, within the limits of its cgroups.
+
+    All page cache counts as available, because the kernel drops it for an allocation: it may be the very file of a
+    model that was loaded before.
+
+    Args:
+        membership, mount: as of `cgroups.levels`.
+    """
+    machine = [usage for usage in readings(_machine_source()) if isinstance(usage, MemoryUsage)]
+    limits = [_usage(level, all_page_cache=True) for level in levels("memory", membership, mount)]
+    return min((max(each.total - each.used, 0) for each in (*machine, *limits) if each is not None), default=0)
+
+
+def _usage(level: Level, *, all_page_cache: bool = False) -> MemoryUsage | None:
     files = _V1 if level.version == 1 else _V2
     limit, usage = read_number(level.path / files.limit), read_number(level.path / files.usage)
     if limit is None or usage is None or not 0 < limit < _NO_LIMIT:
         return None
     dropped = _reclaimable(level.path / "memory.stat", files.reclaimable)
+    if all_page_cache:
+        dropped += _reclaimable(level.path / "memory.stat", files.reclaimable.replace("inactive", "active"))
     return MemoryUsage(max(0, usage - dropped), limit, level.name)
 
 

@@ -15,3 +15,11 @@ def parts(path: Path) -> list[Path]:
         return [path]
     count = int(found["count"])
     return [path.with_name(f"{found['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+
+
+def split_name(file_name: str) -> tuple[str, int, int]:
+    """Return the stem of a GGUF file's name, the number of its part from 1, and the number of parts."""
+    found = _SPLIT.fullmatch(file_name)
+    if not found or not 1 <= int(found["part"]) <= int(found["count"]):
+        return file_name[: -len(".gguf")] if file_name.lower().endswith(".gguf") else file_name, 1, 1
+    return found["stem"], int(found["part"]), int(found["count"])

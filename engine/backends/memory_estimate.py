@@ -1,9 +1,9 @@
 """Estimates the memory of a model from the header of its file, before anything is loaded.
 
-The server compares the estimate with its memory limit. Weights, KV and recurrent state follow libllama's formulas.
-Compute buffers are an approximation: libllama plans them when it builds the graph of an architecture. Where the
-header does not say how a layer keeps its context, the estimate is the larger of the possibilities. Not counted: the
-process of a model, and the copies of weights that libllama keeps in another order while the file stays mapped.
+`erllama.models.fit` compares the estimate with the free memory, and the server with its limit. Weights, KV and
+recurrent state follow libllama's formulas. Compute buffers are an approximation: libllama plans them when it builds
+the graph of an architecture. Where the header does not say how a layer keeps its context, the estimate is the
+larger of the possibilities. The memory of the process itself is not counted.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import numpy as np
 
 from erllama.engine.backends.gguf_parts import parts
 from erllama.engine.backends.llama_file import check_file
-from erllama.engine.backends.llama_library import llama_ffi, translate_errors
+from erllama.engine.backends.llama_library import devices, llama_ffi, translate_errors
+from erllama.engine.backends.repacked_weights import weight_sizes
 from erllama.errors import ModelLoadError
 
 _DEFAULT_N_CTX = 4096
 _N_CTX_STEP = 256
 _SPARE_SEQUENCES = 12  # of `load_model`, for models whose sequences take no memory of their own
+_KV_BLOCK = 32  # values of a quantized type of KV that are stored together
 # Bytes of a KV value, by type: those of a block of 32 values, divided by 32.
-_KV_BYTES = {
+KV_BYTES = {
     "f32": 4.0,
     "f16": 2.0,
     "bf16": 2.0,
@@ -49,6 +51,8 @@ _WINDOW_PERIODS = {
     "smallthinker": 4,
     "afmoe": 4,
 }
+_MOST_LAYERS = 4096
+_LARGEST = 2**40  # of the numbers that a header states
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _ATTENTION = ("attn_k.", "attn_kv_", "attn_k_b.")
 _RECURRENT = ("ssm_", "shortconv.", "time_mix_")
@@ -60,10 +64,11 @@ class MemoryEstimate(NamedTuple):
 
     Attributes:
         n_ctx: size of its context in tokens.
-        weights: of all tensors.
+        weights: of all tensors; of their copies where the CPU computes with copies in another order.
         kv: of the cells of the context.
         state: of recurrent layers.
         compute: of intermediate results.
+        mapped: of the mapped file, beyond `weights`. It is not read after loading, and the kernel reclaims it.
     """
 
     n_ctx: int
@@ -71,11 +76,17 @@ class MemoryEstimate(NamedTuple):
     kv: int
     state: int
     compute: int
+    mapped: int = 0
 
     @property
     def total(self) -> int:
-        """All of it, in bytes."""
+        """The memory that the model needs: all of it but `mapped`."""
         return self.weights + self.kv + self.state + self.compute
+
+    @property
+    def allocated(self) -> int:
+        """The memory that libllama reports after loading: all of it."""
+        return self.total + self.mapped
 
 
 def estimate_memory(path: Path, options: Mapping[str, object]) -> MemoryEstimate:
@@ -88,26 +99,60 @@ def estimate_memory(path: Path, options: Mapping[str, object]) -> MemoryEstimate
     Raises:
         ModelLoadError: a file is missing, or is not GGUF.
     """
-    check_file(path)
-    with translate_errors(ModelLoadError, f"{path} cannot be read"):
-        header = llama_ffi.read_header(path)
-        others = [part for part in parts(path) if part != path and part.exists()]
-        tensors = [*header.tensors, *(each for part in others for each in llama_ffi.read_tensor_table(part)[1])]
-    metadata = {**header.metadata, **_mapping(options.get("overrides"))}
-    return _Model(metadata, tensors, options).estimate()
+    return ModelHeader(path).estimate(options)
 
 
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
+class ModelHeader:
+    """The headers of a model's files, for several estimates.
+
+    Args:
+        path: the GGUF file; the first part of a split model.
+
+    Attributes:
+        metadata: of the file.
+        files: the tensors of each file of the model that exists.
+
+    Raises:
+        ModelLoadError: a file is missing, or is not GGUF.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_file(path)
+        with translate_errors(ModelLoadError, f"{path} cannot be read"):
+            header = llama_ffi.read_header(path, lists_of_texts=False)
+            others = [part for part in parts(path) if part != path and part.exists()]
+            self.files = [header.tensors, *(llama_ffi.read_tensor_table(part)[1] for part in others)]
+        self.metadata: Mapping[str, object] = header.metadata
+
+    def estimate(self, options: Mapping[str, object]) -> MemoryEstimate:
+        """Return what the model needs with options of `load_model`."""
+        overrides = options.get("overrides")
+        metadata = {**self.metadata, **(overrides if isinstance(overrides, Mapping) else {})}
+        return _Model(metadata, self.files, options).estimate()
+
+    @property
+    def takes_quantized_kv(self) -> bool:
+        """Whether the blocks of 32 values of a quantized KV type divide a head's keys and values."""
+        return _Model(self.metadata, self.files, {}).takes_quantized_kv()
+
+    @property
+    def n_ctx_train(self) -> int:
+        """The context that the model was trained with, in tokens; 0 if the file does not say."""
+        value = self.metadata.get(f"{self.metadata.get('general.architecture', '')}.context_length")
+        return _checked(value)
 
 
 class _Model:
     """The sizes of one model."""
 
     def __init__(
-        self, metadata: Mapping[str, object], tensors: Sequence[llama_ffi.Tensor], options: Mapping[str, object]
+        self,
+        metadata: Mapping[str, object],
+        files: Sequence[Sequence[llama_ffi.Tensor]],
+        options: Mapping[str, object],
     ) -> None:
-        self._metadata, self._tensors, self._options = metadata, tensors, options
+        tensors = [tensor for file in files for tensor in file]
+        self._metadata, self._files, self._tensors, self._options = metadata, files, tensors, options
         self._architecture = str(metadata.get("general.architecture", ""))
         self._parts: dict[int, set[str]] = defaultdict(set)  # names of tensors, by layer
         for tensor in tensors:
@@ -115,7 +160,8 @@ class _Model:
             if found:
                 self._parts[int(found[1])].add(found[2])
         self._is_embedder = any(word in self._architecture for word in _EMBEDDERS)
-        self._n_layer = max(self._number("block_count"), len(self._parts))
+        # A damaged file may state any number.
+        self._n_layer = max(min(self._number("block_count"), _MOST_LAYERS), len(self._parts))
         self._n_embd = self._number("embedding_length")
         self._recurrent = [layer for layer in range(self._n_layer) if self._has(layer, _RECURRENT)]
         self._window = self._number("attention.sliding_window")
@@ -128,17 +174,32 @@ class _Model:
         self._n_ubatch = min(self._option("n_ubatch", 512), self._option("n_batch", 2048), self._n_ctx)
 
     def estimate(self) -> MemoryEstimate:
-        return MemoryEstimate(
-            self._n_ctx, sum(each.n_bytes for each in self._tensors), self._kv(), self._state(), self._compute()
-        )
+        weights, mapped = self._weights()
+        return MemoryEstimate(self._n_ctx, weights, self._kv(), self._state(), self._compute(), mapped)
+
+    def takes_quantized_kv(self) -> bool:
+        widths = {
+            self._head_width(name, layer, in_window)
+            for layer in range(self._n_layer)
+            for name in ("key_length", "value_length")
+            for in_window in (False, True)
+        }
+        return all(width % _KV_BLOCK == 0 for width in widths)
 
     # --- sizes ---------------------------------------------------------------------------------
+
+    def _weights(self) -> tuple[int, int]:
+        """Return the bytes of weights, and of the mapped file beyond them."""
+        if uses_gpu(self._options):  # which computes with the weights as they are in the file
+            return sum(each.n_bytes for each in self._tensors), 0
+        is_tied = not self._is_embedder and not any(each.name == "output.weight" for each in self._tensors)
+        return weight_sizes(self._files, mmap=self._options.get("mmap") is not False, is_tied=is_tied)
 
     def _kv(self) -> int:
         if self._is_embedder:
             return 0
         key_bytes, value_bytes = (
-            _KV_BYTES.get(str(self._options.get(name, "f16")), 4.0) for name in ("kv_type_k", "kv_type_v")
+            KV_BYTES.get(str(self._options.get(name, "f16")), 4.0) for name in ("kv_type_k", "kv_type_v")
         )
         total = 0.0
         for layer in range(self._n_layer):
@@ -171,6 +232,10 @@ class _Model:
 
     def _state(self) -> int:
         """Return the bytes of recurrent layers: for each sequence, a convolution's inputs and the state, as f32."""
+        return self._layer_state() * self._n_sequences * len(self._recurrent)
+
+    def _layer_state(self) -> int:
+        """Return the bytes of one recurrent layer for one sequence."""
         number = self._number
         if number("wkv.head_size"):
             values = (number("token_shift_count") or 2) * self._n_embd + self._n_embd * number("wkv.head_size")
@@ -180,19 +245,34 @@ class _Model:
             inner, size = number("ssm.inner_size"), number("ssm.state_size")
             channels = inner + 2 * number("ssm.group_count") * size
             values = max(number("ssm.conv_kernel") - 1, 0) * channels + inner * size
-        return 4 * values * self._n_sequences * len(self._recurrent)
+        return 4 * values
 
     def _compute(self) -> int:
-        """Return about the bytes of intermediate results: those of the widest step of a slice of prefill."""
+        """Return about the bytes of intermediate results.
+
+        libllama plans memory for a slice of prefill and reuses it from step to step, so that the largest of the
+        steps counts: the logits, a layer's feed-forward part, its attention without flash attention, or its
+        recurrent part. The numbers of values of a token were fitted to what libllama reports.
+        """
+        n_tokens, n_embd, n_ff = self._n_ubatch, self._n_embd, self._widest_layer()
         n_vocab = max((each.shape[1] for each in self._tensors if each.name == "token_embd.weight"), default=0)
-        n_vocab = 0 if self._is_embedder else n_vocab
         n_head = self._of_layer("attention.head_count", 0)
-        widest = max(n_vocab, 3 * self._widest_layer())
-        mask = 2 * (self._n_ctx + (self._cells(True) if self._window else 0)) if n_head else 0
-        if self._options.get("flash_attn") is False:  # all scores at once, and masks of f32
-            widest, mask = max(widest, n_head * self._n_ctx), 2 * mask
-        step = self._n_ubatch * (4 * (widest + 4 * self._n_embd) + mask)
-        return step + 4 * self._n_sequences * n_vocab
+        # An encoder's tokens see each other, and all others the cells.
+        cells = n_tokens if self._is_embedder else self._n_ctx
+        if self._window:
+            cells += self._cells(True)
+        flash = self._options.get("flash_attn") is not False
+        mask = n_tokens * cells * (2 if flash else 4) if n_head else 0
+        logits = 0 if self._is_embedder else 4 * n_tokens * (n_vocab + 2 * n_embd)
+        feed_forward = mask + 4 * n_tokens * ((1 if self._is_embedder else 3) * n_ff + 4 * n_embd)
+        attention = recurrent = 0
+        if not flash:
+            scores = n_tokens if self._is_embedder else self._n_ctx
+            attention = mask + 4 * n_head * scores * (n_tokens + 16) + 4 * n_tokens * 6 * n_embd
+        if self._number("ssm.inner_size"):
+            recurrent = 4 * n_tokens * (6 * self._number("ssm.inner_size") + n_embd * 3 // 2)
+            recurrent += self._layer_state() * self._n_sequences * 3 // 2
+        return max(logits, feed_forward, attention, recurrent) + 4 * self._n_sequences * n_vocab
 
     def _widest_layer(self) -> int:
         """Return the number of values of a token in the widest step of a layer."""
@@ -211,17 +291,30 @@ class _Model:
         value = self._metadata.get(f"{self._architecture}.{name}")
         if isinstance(value, np.ndarray):
             value = value.max().item() if value.size else 0
-        return int(value) if isinstance(value, int | float) else 0
+        return _checked(value)
 
     def _of_layer(self, name: str, layer: int) -> int:
         value = self._metadata.get(f"{self._architecture}.{name}")
         if isinstance(value, np.ndarray) and layer < value.size:
-            return int(value[layer])
+            return _checked(value[layer].item())
         return self._number(name)
 
     def _option(self, name: str, default: int) -> int:
         value = self._options.get(name)
         return value if isinstance(value, int) and value > 0 else default
+
+
+def uses_gpu(options: Mapping[str, object]) -> bool:
+    """Return whether a GPU of this machine holds layers of a model that is loaded with these options."""
+    chosen = options.get("devices")
+    if options.get("n_gpu_layers") == 0 or (chosen is not None and (not chosen or chosen == ["CPU"])):
+        return False
+    return any(device.kind in ("gpu", "igpu") for device in devices())
+
+
+def _checked(value: object) -> int:
+    """Return a number of a header as an integer; 0 if it is none, or absurd."""
+    return int(value) if isinstance(value, int | float) and 0 < value < _LARGEST else 0
 
 
 def _round_up(n: int) -> int:

@@ -10,7 +10,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, cast
@@ -31,6 +31,8 @@ from erllama.errors import OptionError
 from erllama.events.options import KvEvents
 from erllama.events.publisher import Publisher, check_installed
 from erllama.events.publishing import follow_adapters, start_publisher
+from erllama.models import fit
+from erllama.models.names import model_path
 
 if TYPE_CHECKING:
     from erllama._process.remote_backend import RemoteBackend
@@ -78,7 +80,7 @@ def load_model(
     prefill_chunk_size: int | None = None,
     parked_cells: int | None = None,
     max_pending: int = 1024,
-    n_ctx: int | None = None,
+    n_ctx: int | str | None = None,
     n_batch: int = 2048,
     n_ubatch: int = 512,
     n_threads: int | None = None,
@@ -108,6 +110,7 @@ def load_model(
     fingerprint: str = "safe",
     own_fingerprint: str | bytes | None = None,
     warmup: bool = True,
+    check_memory: bool = True,
     on_progress: Callable[[float], object] | None = None,
     process: bool | Mapping[str, object] | ProcessOptions = False,
     kv_events: bool | str | Mapping[str, object] | KvEvents | None = None,
@@ -116,7 +119,8 @@ def load_model(
     """Load a GGUF model.
 
     Args:
-        path: the model file; the first part of a split model.
+        path: the model file, or the first part of a split model; or the name of a model on this machine, such as
+            "llama3.2:3b" or "hf:org/repo:Q4_K_M". A path always wins. Nothing is downloaded.
         id: a name for the model in this process; None generates one. A model that you name stays loaded until you
             unload it. A model with a generated id is unloaded, with a ResourceWarning, when its last reference is
             dropped.
@@ -132,7 +136,8 @@ def load_model(
             continues a parked one copies nothing, but parked cells make every token a little slower. None for an
             eighth of n_ctx.
         max_pending: maximum number of waiting requests. Further requests raise QueueFull.
-        n_ctx: size of the context in tokens, shared by all requests, rounded up to a multiple of 256. None for the
+        n_ctx: size of the context in tokens, shared by all requests, rounded up to a multiple of 256. "fit" for the
+            largest one that fits nine tenths of the free memory, at most the model's training context. None for the
             model's training context, at most 4096.
         n_batch: maximum number of tokens per decode.
         n_ubatch: number of tokens computed at once.
@@ -172,6 +177,8 @@ def load_model(
         own_fingerprint: with "fast_unsafe", text or bytes that name the content.
         warmup: decode one token before returning. Otherwise the first request waits for threads to start and for
             memory pages to be mapped.
+        check_memory: refuse a model that needs more memory than is free, by an estimate. False loads it anyway: the
+            machine may swap, or end a process.
         on_progress: called with the fraction done, 0.0 to 1.0. Returning False cancels the load. If the file must
             be read for its fingerprint, that is the first half.
         process: run the model in a process of its own, which is replaced if it ends: replies continue, and this
@@ -182,6 +189,8 @@ def load_model(
 
     Raises:
         ModelLoadError: the file cannot be loaded.
+        ModelNameError: no model on this machine has the name, or several begin with it.
+        MemoryLimitExceeded: the model needs more memory than is free.
         EventsError: an address of `kv_events` cannot be used.
         MissingPackage: `kv_events`, and pyzmq is not installed.
         LoadCancelled: `on_progress` returned False.
@@ -194,9 +203,9 @@ def load_model(
     """
     reject_unknown(unknown, _LOAD_DEFAULTS, "load_model")
     supervision, events = ProcessOptions.of(process), KvEvents.of(kv_events)
-    file = _checked_path(path)
+    file = model_path(path)
     llama_options: dict[str, Any] = {
-        "n_ctx": n_ctx,
+        "n_ctx": fit.checked_n_ctx(n_ctx),
         "n_batch": n_batch,
         "n_ubatch": n_ubatch,
         "n_threads": n_threads,
@@ -226,11 +235,14 @@ def load_model(
     options, n_running = _checked_options(llama_options, n_seq_max)
     naming = Fingerprint(fingerprint, own_fingerprint)
     boolean("warmup", warmup)
+    boolean("check_memory", check_memory)
     _check_callback(on_progress)
     if boolean("vocab_only", vocab_only):
         _refuse_weight_options(
             {
                 **llama_options,
+                "n_ctx": n_ctx,
+                "check_memory": check_memory,
                 "policy": policy,
                 "n_seq_max": n_seq_max,
                 "prefill_chunk_size": prefill_chunk_size,
@@ -248,6 +260,11 @@ def load_model(
     if vocab_only:
         return _load(partial(_vocabulary_model, file, options, on_progress, cache, cache_salt), id, cache_salt)
     scheduling = SchedulingOptions(n_running, prefill_chunk_size, parked_cells, max_pending)
+    needs = {**llama_options, "n_seq_max": n_running}
+    if n_ctx == fit.FIT:
+        options = replace(options, n_ctx=fit.fitting_n_ctx(file, needs))
+    elif check_memory:
+        fit.check_fits(file, needs)
     if supervision is not None:
         launch = Launch(supervision, cache, Policy.of(policy), scheduling, warmup, events)
         make_remote = partial(launch.gguf_model, file, options, naming, on_progress)
@@ -289,6 +306,8 @@ def check_load_options(options: Mapping[str, object]) -> LlamaOptions:
     RequestOptions(cache_salt=values["cache_salt"])
     Fingerprint(values["fingerprint"], values["own_fingerprint"])
     boolean("warmup", values["warmup"])
+    boolean("check_memory", values["check_memory"])
+    values["n_ctx"] = fit.checked_n_ctx(values["n_ctx"])
     llama_options, n_running = _checked_options(
         {name: values[name] for name in _LOAD_DEFAULTS if name in _llama_option_names()}, values["n_seq_max"]
     )
@@ -315,15 +334,6 @@ def _largest_limits(options: LlamaOptions) -> Limits:
 
 
 _VOCABULARY_OPTIONS = ("id", "cache", "cache_salt", "overrides", "vocab_only", "on_progress")
-
-
-def _checked_path(path: object) -> Path:
-    if not isinstance(path, str | Path) or not str(path):
-        raise OptionError(f"path={path!r}; pass the path of a GGUF file")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise OptionError(f"path={path!r}: {error}") from None
 
 
 def _check_callback(on_progress: object) -> None:

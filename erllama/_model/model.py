@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from _thread import start_new_thread
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from threading import Event as ThreadEvent
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from erllama._model.adapters import Adapter, AdapterLoader
 from erllama._model.info import ModelInfo
+from erllama._model.requests import tool_runs
 from erllama._model.requests.chat_streams import AsyncChatStream, ChatStream
 from erllama._model.requests.chats import ChatRequests
 from erllama._model.requests.completions import CompletionRequests
@@ -31,12 +32,14 @@ from erllama._model.requests.options import (
     PinOptions,
     PrefillOptions,
     TemplateOptions,
+    ToolRunOptions,
 )
 from erllama._model.requests.pins import PinRequests
 from erllama._model.requests.prompts import PromptReader
 from erllama._model.requests.scoring import Score
 from erllama._model.requests.speculation import Verification
 from erllama._model.requests.streams import AsyncStream, Stream
+from erllama._model.requests.tool_runs import AsyncToolStream, ToolRun, ToolStream
 from erllama._model.runner import ModelRunner
 from erllama._runtime.reentry import reentered
 from erllama._types import Messages, Prompt
@@ -56,6 +59,7 @@ from erllama.engine import (
     Vocabulary,
 )
 from erllama.errors import OptionError, PromptError
+from erllama.models.download.hub import pull_from_hub
 
 
 class ModelRegistry(Protocol):
@@ -105,16 +109,49 @@ class Model:
         self._embeddings = EmbeddingRequests(backend, id, runner, self._prompts)
         self._adapters = AdapterLoader(backend, id, cache, runner, self._prompts)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo: str,
+        filename: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        on_download: Callable[[float], object] | None = None,
+        **options: object,
+    ) -> Model:
+        """Download a model of the Hugging Face hub, unless it is there already, and load it.
+
+        The files lie in the cache of huggingface_hub. Needs `pip install 'erllama[hub]'`.
+
+        Args:
+            repo: "ORG/NAME".
+            filename: a file of the repository, a pattern such as "*Q4_K_M.gguf", or a quantization such as
+                "Q4_K_M". None for Q4_K_M, or for the only model of the repository.
+            revision: a branch, a tag or a commit; None for "main".
+            cache_dir: directory of the cache; None for that of huggingface_hub.
+            on_download: called with the downloaded fraction, 0.0 to 1.0. Returning False cancels.
+            options: of `load_model`.
+
+        Raises:
+            DownloadError: the download fails, or its digest is wrong.
+            MissingPackage: huggingface_hub is not installed.
+            Error: as for `load_model`.
+        """
+        from erllama._model.load import check_load_options, load_model
+
+        loading = {name: value for name, value in options.items() if name not in ("id", "cache", "on_progress")}
+        check_load_options(loading)  # before a long download
+        path = pull_from_hub(repo, filename, revision=revision, cache_dir=cache_dir, on_progress=on_download)
+        return load_model(path, **options)  # type: ignore[arg-type]
+
     def __repr__(self) -> str:
         state = "unloaded" if self._runner.stopped else self.phase
         return f"<erllama.Model {self.id!r}, {state}>"
 
     def __del__(self) -> None:
-        runner: ModelRunner | None = getattr(self, "_runner", None)
-        if runner is None or runner.stopped or not runner.is_ours:
+        if not self._begin_to_unload():
             return
-        self._registry.remove_dropped(self, runner)
-        runner.begin_to_stop()  # returns at once: the garbage collector calls this method in any thread
         warnings.warn(
             f"model {self.id!r} was dropped and is unloaded; call its unload(), or load it in a `with`",
             ResourceWarning,
@@ -275,7 +312,8 @@ class Model:
 
         Args:
             messages: the conversation, in the form of OpenAI's clients or in Anthropic's blocks.
-            tools: tools that the model may call, in the form of either client.
+            tools: tools that the model may call: Python functions, or schemas in the form of either client. The
+                schema of a function comes from its signature and its docstring.
             tool_choice: "auto", the default; "none"; "required"; or the name of a tool that the reply must call.
             parallel_tool_calls: whether one reply may call several tools, True.
             tool_format: name of the format in which the model writes calls (docs/chat.md). None to detect it from
@@ -322,6 +360,63 @@ class Model:
             lambda: self._chat_requests.ticket(messages, options, "astream_chat", self, streaming=True),
             self._runner.submit,
         )
+
+    def run_tools(
+        self,
+        messages: Messages,
+        tools: Sequence[Callable[..., object]],
+        *,
+        max_turns: int = 8,
+        **options: Unpack[ToolRunOptions],
+    ) -> ToolRun:
+        """Reply to a conversation, and call the functions that the replies name, until a reply has no call.
+
+        The functions run in this thread, one after another. What a function returns goes to the model as text: a
+        str as it is, other values as JSON. An exception goes to the model, too, with its type and message.
+
+        Args:
+            tools: the functions. They need annotations of JSON's types, and names that differ.
+            max_turns: maximum number of replies. The calls of the last one are not run.
+
+        Other options, and errors, as for `chat`.
+
+        Returns:
+            the last reply, the conversation with all replies and results, and the results.
+        """
+        return tool_runs.run(self.chat, messages, tools, max_turns, options)
+
+    def stream_run_tools(
+        self,
+        messages: Messages,
+        tools: Sequence[Callable[..., object]],
+        *,
+        max_turns: int = 8,
+        **options: Unpack[ToolRunOptions],
+    ) -> ToolStream:
+        """`run_tools` as a stream: the events of each reply, and a ToolResult after each call."""
+        return ToolStream(self.stream_chat, messages, tools, max_turns, options)
+
+    async def arun_tools(
+        self,
+        messages: Messages,
+        tools: Sequence[Callable[..., object]],
+        *,
+        max_turns: int = 8,
+        **options: Unpack[ToolRunOptions],
+    ) -> ToolRun:
+        """`run_tools` for asyncio. Coroutine functions are awaited, and other functions run in threads."""
+        return await tool_runs.run_async(self.achat, messages, tools, max_turns, options)
+
+    def astream_run_tools(
+        self,
+        messages: Messages,
+        tools: Sequence[Callable[..., object]],
+        *,
+        max_turns: int = 8,
+        **options: Unpack[ToolRunOptions],
+    ) -> AsyncToolStream:
+        """`stream_run_tools` for asyncio. The first await raises the errors of the request."""
+        return AsyncToolStream(self.astream_chat, messages, tools, max_turns, options)
 
     def apply_chat_template(
         self,
@@ -716,6 +811,18 @@ class Model:
             start_new_thread(self._unload, ())
         else:
             self._unload()
+
+    def _begin_to_unload(self) -> bool:
+        """Make the model thread unload the model, and return whether it was loaded.
+
+        Returns at once: the garbage collector calls it, in any thread.
+        """
+        runner: ModelRunner | None = getattr(self, "_runner", None)
+        if runner is None or runner.stopped or not runner.is_ours:
+            return False
+        self._registry.remove_dropped(self, runner)
+        runner.begin_to_stop()
+        return True
 
     def _unload(self) -> None:
         try:

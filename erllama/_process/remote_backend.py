@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Never
+from typing import NamedTuple, Never, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,26 @@ from erllama.engine.backend import Batch, InfillTokens, Vocabulary
 from erllama.engine.embedding import EmbeddingLimits
 from erllama.errors import BackendError
 
-if TYPE_CHECKING:
-    from erllama._process.runner import ProcessRunner
+
+class Caller(Protocol):
+    """Calls the model in its process, or on another machine. The runners of such models implement it."""
+
+    @property
+    def state(self) -> w.ModelState | None:
+        """What the process sent last about the model; None before that."""
+        ...
+
+    def call(self, make: Callable[[int], m.AnyCall]) -> m.Returned:
+        """Call the model and wait for its answer. `make` makes the message from the call's number."""
+        ...
+
+    def send_soon(self, message: m.AnyCall) -> None:
+        """Send a call whose answer nobody needs. Never waits."""
+        ...
+
+    def free_native(self, native: int) -> None:
+        """Free an adapter of the model. Never waits."""
+        ...
 
 
 class ModelFile(NamedTuple):
@@ -51,7 +69,7 @@ class RemoteVocabulary:
         infill_tokens: the tokens that mark a gap; None without such tokens.
     """
 
-    def __init__(self, runner: ProcessRunner, wire: w.WireVocabulary) -> None:
+    def __init__(self, runner: Caller, wire: w.WireVocabulary) -> None:
         self._runner, self._pieces = runner, wire.pieces
         self.n_tokens = len(wire.pieces)
         self.is_eog: NDArray[np.bool_] = np.zeros(self.n_tokens, np.bool_)
@@ -80,7 +98,7 @@ class RemoteVocabulary:
 class RemoteEmbedder:
     """The embedder of a model in another process."""
 
-    def __init__(self, runner: ProcessRunner) -> None:
+    def __init__(self, runner: Caller) -> None:
         self._runner = runner
         limits = runner.call(m.OpenEmbedder).limits
         assert limits is not None
@@ -117,7 +135,7 @@ class RemoteBackend:
         n_seq_max: requests that run at once.
     """
 
-    def __init__(self, runner: ProcessRunner, started: m.Started, file: ModelFile | None) -> None:
+    def __init__(self, runner: Caller, started: m.Started, file: ModelFile | None) -> None:
         self._runner, self._facts = runner, started.facts
         self._file = file
         self._identity = (started.namespace, started.recipe, started.limits)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from erllama.chat.functions import tool_schemas
 from erllama.engine import Markers
 
 
@@ -17,7 +18,8 @@ class ChatRequest:
     """A caller's conversation and the options that only chats have.
 
     Attributes:
-        messages, tools: as OpenAI's or Anthropic's clients write them.
+        messages: as OpenAI's or Anthropic's clients write them.
+        tools: likewise. Functions become their schemas.
         tool_choice: "auto", "none", "required" or a tool's name, or those clients' forms of it.
         parallel_tool_calls: whether one reply may call several tools.
         tool_format: name of the format in which the model writes calls; None for the template's.
@@ -49,3 +51,6 @@ class ChatRequest:
     thinking_budget: int | None = None
     budget_message: str = ""
     signing_key: bytes | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tools", tool_schemas(self.tools))

@@ -62,7 +62,7 @@ _MIN_PROMPT_TOKENS = 64
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON with the figures of every run.")
 def bench(
-    model: Path | None,
+    model: str | None,
     loading: ModelOptions,
     prompt_tokens: int,
     reply_tokens: int,

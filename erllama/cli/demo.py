@@ -16,11 +16,11 @@ _PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option("--model", "-m", type=_PATH, help="GGUF file. Default: erllama's demo model.")
+@click.option("--model", "-m", metavar="MODEL", help="Path or name of a model. Default: erllama's demo model.")
 @click.option("--tokens", type=_TOKENS, default=600, metavar="N", help="Length of the system prompt, in tokens.")
 @click.option("--max-tokens", "-n", type=_TOKENS, default=200, metavar="N", help="Maximum length of a reply.")
 @click.option("--crash", is_flag=True, help="Kill the model's process twice during a reply, which ends the same.")
-def demo(model: Path | None, tokens: int, max_tokens: int, crash: bool) -> int:
+def demo(model: str | None, tokens: int, max_tokens: int, crash: bool) -> int:
     """Compute a long prompt, and restore it in a new process."""
     if crash:
         return crash_demonstration.run(existing_path(model_or_demo(model)), max_tokens)

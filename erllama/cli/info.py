@@ -40,7 +40,7 @@ _TYPES = (
 @key_file_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(
-    model: Path | None,
+    model: str | None,
     fingerprint: bool,
     metadata: bool,
     cache_dir: Path | None,

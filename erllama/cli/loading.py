@@ -28,7 +28,7 @@ class ModelOptions:
         key_file: file of the keys that encrypt the cache directory; None for no encryption.
     """
 
-    n_ctx: int | None = None
+    n_ctx: int | str | None = None
     threads: int | None = None
     n_gpu_layers: int | None = None
     devices: tuple[str, ...] = ()

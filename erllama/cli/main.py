@@ -108,7 +108,8 @@ def _log_to_stderr(debug: bool) -> Iterator[None]:
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
-    epilog="Models are GGUF files. Prompts are cached in the user's cache directory; `erllama cache` manages it.",
+    epilog="A model is a GGUF file, or a name that `erllama models` lists. Prompts are cached in the user's cache "
+    "directory; `erllama cache` manages it.",
 )
 @click.version_option(erllama.__version__, message="erllama %(version)s")
 @click.option(
@@ -138,6 +139,9 @@ for command in (
     ),
     LazyCommand("demo", "erllama.cli.demo", "Compute a long prompt, and restore it in a new process."),
     LazyCommand("demo-worker", "erllama.cli.demo"),
+    LazyCommand("models", "erllama.cli.models.list", "List the models on this machine."),
+    LazyCommand("pull", "erllama.cli.models.pull", "Download a model."),
+    LazyCommand("fit", "erllama.cli.models.fit", "Show whether a model fits the free memory."),
     LazyCommand("info", "erllama.cli.info", "Describe a model file. Reads its header only."),
     LazyCommand(
         "doctor",

@@ -15,6 +15,8 @@ import erllama
 from erllama.cache.sizes import parse_bytes
 from erllama.checks import seconds
 from erllama.cli.loading import ModelOptions
+from erllama.models.fit import FIT
+from erllama.models.names import model_path
 
 Command = TypeVar("Command", bound=Callable[..., object])
 Option = Callable[[Callable[..., object]], Callable[..., object]]
@@ -39,6 +41,16 @@ def parse_age(text: str) -> float:
         raise click.BadParameter(str(error)) from None
 
 
+def parse_n_ctx(text: str) -> int | str:
+    """Return the tokens of "8192", or "fit". The `type` of a click option."""
+    if text == FIT:
+        return FIT
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is neither a number of tokens nor {FIT!r}") from None
+
+
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 
@@ -57,13 +69,17 @@ def read_text(path: Path) -> str:
 
 
 def model_argument(command: Command) -> Command:
-    """Add the optional argument MODEL."""
-    return click.argument("model", required=False, type=click.Path(path_type=Path))(command)
+    """Add the optional argument MODEL, the path or the name of a model."""
+    return click.argument("model", required=False)(command)
 
 
-def model_or_demo(path: Path | None) -> Path:
-    """Return the path of the user's model, or of the demo model if it is None."""
-    return erllama.demo_model() if path is None else path
+def model_or_demo(model: str | None) -> Path:
+    """Return the file of the user's model, by its path or its name; that of the demo model for None.
+
+    Raises:
+        ModelNameError: no model on this machine has the name.
+    """
+    return erllama.demo_model() if model is None else model_path(model)
 
 
 def parse_assignments(texts: Iterable[str], option: str) -> dict[str, object]:
@@ -108,7 +124,11 @@ def model_and_cache_options(command: Command) -> Command:
 
 _LOADING = (
     click.option(
-        "--n-ctx", type=int, metavar="N", help="Context size in tokens. Default: the model's, up to 4096."
+        "--n-ctx",
+        type=parse_n_ctx,
+        metavar="N",
+        help="Context size in tokens, or fit for the largest that fits the free memory. "
+        "Default: the model's, up to 4096.",
     ),
     click.option(
         "--threads", type=int, metavar="N", help="Number of threads. Default: at most the number of cores."

@@ -16,12 +16,13 @@ from erllama.cli.console import EXIT_INTERRUPTED, print_json
 from erllama.cli.loading import ModelOptions, existing_path
 from erllama.cli.options import FILE, model_and_cache_options, model_or_demo, read_text, sampling_options
 from erllama.cli.reply import reply_json, statistics_line, stream_reply
+from erllama.models.names import has_model
 
 
 @click.command()
 @click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]...")
 @click.option(
-    "--model", "-m", type=click.Path(path_type=Path), help="Model file. Overrides the positional argument."
+    "--model", "-m", metavar="MODEL", help="Path or name of the model. Overrides the positional argument."
 )
 @model_and_cache_options
 @sampling_options
@@ -44,7 +45,7 @@ from erllama.cli.reply import reply_json, statistics_line, stream_reply
 @click.option("--json", "as_json", is_flag=True, help="Print the reply and its statistics as JSON.")
 def run(
     words: tuple[str, ...],
-    model: Path | None,
+    model: str | None,
     loading: ModelOptions,
     sampling: dict[str, object],
     system: str | None,
@@ -58,9 +59,9 @@ def run(
 ) -> int:
     """Write one reply to a prompt.
 
-    The first argument is the MODEL if it is a file or ends in .gguf. Without it, the command uses erllama's
-    demo model. All other arguments form the PROMPT. An argument "-" stands for the text on stdin. Without a PROMPT,
-    the command reads stdin.
+    The first argument is the MODEL if it is a file, ends in .gguf, or is the whole name of a model on this machine
+    (see `erllama models`). Without it, the command uses erllama's demo model. All other arguments form the PROMPT.
+    An argument "-" stands for the text on stdin. Without a PROMPT, the command reads stdin.
 
     \b
       erllama run model.gguf "Why is the sky blue?"
@@ -123,9 +124,9 @@ def _complete(model: erllama.Model, prompt: str, options: Mapping[str, object], 
     )
 
 
-def _model_and_prompt(model: Path | None, words: Sequence[str]) -> tuple[Path | None, str]:
+def _model_and_prompt(model: str | None, words: Sequence[str]) -> tuple[str | None, str]:
     if model is None and words and _is_model(words[0]):
-        model, words = Path(words[0]), words[1:]
+        model, words = words[0], words[1:]
     if not words:
         if sys.stdin.isatty():
             raise click.UsageError("no prompt; pass one as an argument or on stdin")
@@ -140,4 +141,6 @@ def _model_and_prompt(model: Path | None, words: Sequence[str]) -> tuple[Path | 
 
 def _is_model(word: str) -> bool:
     # A directory with a "/" was meant as a model. Loading it fails with a message that says so.
-    return word.endswith(".gguf") or Path(word).is_file() or ("/" in word and Path(word).is_dir())
+    # A name must be whole: the first word of a prompt may well begin some name.
+    is_path = word.endswith(".gguf") or Path(word).is_file() or ("/" in word and Path(word).is_dir())
+    return is_path or word.startswith("hf:") or has_model(word)

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
+import inspect
 import json
 import os
 import re
+import sys
+import time
 import unittest
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,11 +34,21 @@ from erllama.cache import Block, FileTier
 from erllama.chat.tool_calls.formats import TOOL_FORMATS
 from erllama.engine import SamplingOptions
 from erllama.engine.backends.stub import StubBackend
+from erllama.llama_cpp import Llama
+from erllama.llama_cpp.llama_chat_format import CHAT_FORMATS
+from erllama.llama_cpp.loading import LEGACY
 from erllama.testing import TierConformance
+from erllama.testing.models import write_llama
 from erllama.testing.scripted import write_scripted
 from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, model_replying, user
 from support.doc_pages import DOCS, NAMES, SCRIPTS, blocks
+from support.hub_server import HubServer
+from support.model_stores import OllamaStore, empty_home
 from support.paths import ROOT
+
+sys.path.append(str(ROOT))
+
+from scripts.llama_cpp_python_tests.exceptions import EXCEPTIONS
 
 Names = dict[str, Any]
 
@@ -172,6 +186,39 @@ def test_the_chat_page_names_every_option_and_format() -> None:
     assert own <= set(re.findall(r"\b(\w+)\b", page))
 
 
+def test_the_llama_cpp_python_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ERLLAMA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("erllama.llama_cpp.default_cache._default_cache", None)
+    installed = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "llama_cpp"}
+    write_scripted(tmp_path / "model.gguf", {"a": "b", "b": "c", "c": "a"}, chat_template=TEMPLATE)
+    names: Names = {}
+    try:
+        assert run("docs/llama-cpp-python.md", names) == 1
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "llama_cpp"]:
+            monkeypatch.delitem(sys.modules, name)
+        sys.modules.update(installed)
+        gc.collect()  # the page drops its first model
+    assert names["disk"].cache_size >= 0
+    assert list((tmp_path / "kv").rglob("index.db"))
+    wait_until_unloaded()
+
+
+def wait_until_unloaded() -> None:
+    deadline = time.monotonic() + 60
+    while erllama.list_models() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_the_llama_cpp_python_page_names_every_option_and_format() -> None:
+    page = (DOCS / "llama-cpp-python.md").read_text()
+    parameters = inspect.signature(Llama.__init__).parameters
+    options = set(parameters) - {"self", "kwargs"} | set(LEGACY) | set(CHAT_FORMATS)
+    assert options <= set(re.findall(r"`([\w.-]+)[`=]", page))
+    assert set(EXCEPTIONS) <= set(re.findall(r"`(\w+)`", page))
+
+
 def test_the_templates_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
@@ -276,6 +323,24 @@ def test_the_tiers_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.Monk
         with erllama.load_backend(StubBackend(), cache=cache) as model:
             hit = model.complete(prompt, max_tokens=4).cache
     assert (hit.kind, hit.tier) == ("exact", "remote")
+
+
+def test_the_models_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ollama's store has a small model, and a local server is the hub."""
+    content = write_llama(tmp_path / "tiny.gguf").read_bytes()
+    empty_home(tmp_path / "home", monkeypatch)
+    OllamaStore(tmp_path / "home" / ".ollama" / "models").add("registry.ollama.ai/library/llama3.2/3b", content)
+    hub = HubServer({"repo-Q4_K_M.gguf": content})
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    try:
+        names: Names = {}
+        run("docs/models.md", names)
+        assert names["fit"].fits
+        assert names["path"].name == "repo-Q4_K_M.gguf"
+    finally:
+        hub.close()
 
 
 def test_the_harness_page_runs_as_written(tmp_path: Path) -> None:

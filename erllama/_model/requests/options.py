@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from erllama._model.requests.speculation import DraftModel, drafter_factory
+from erllama.chat.functions import Tool
 from erllama.chat.request import ChatRequest
 from erllama.checks import choice, reject_unknown, seconds, shown
 from erllama.engine import (
@@ -94,7 +95,7 @@ class CompletionOptions(PrefillOptions, total=False):
 class TemplateOptions(TypedDict, total=False):
     """Options of `Model.apply_chat_template` and `Model.render_chat`; see `Model.chat`."""
 
-    tools: Sequence[Mapping[str, object]] | None
+    tools: Sequence[Tool] | None
     chat_template: str | Path | None
     template_args: Mapping[str, object] | None
     documents: Sequence[Mapping[str, object]] | None
@@ -112,10 +113,9 @@ class PinOptions(TemplateOptions, total=False):
     timeout: float | None
 
 
-class ChatOptions(CompletionOptions, total=False):
-    """Options of `Model.chat` and of its streaming and asyncio forms."""
+class ToolRunOptions(CompletionOptions, total=False):
+    """Options of `Model.run_tools` and of its streaming and asyncio forms."""
 
-    tools: Sequence[Mapping[str, object]] | None
     tool_choice: str | Mapping[str, object] | None
     parallel_tool_calls: bool
     tool_format: str | None
@@ -124,6 +124,12 @@ class ChatOptions(CompletionOptions, total=False):
     documents: Sequence[Mapping[str, object]] | None
     continue_final_message: bool
     special_tokens_in_content: bool
+
+
+class ChatOptions(ToolRunOptions, total=False):
+    """Options of `Model.chat` and of its streaming and asyncio forms."""
+
+    tools: Sequence[Tool] | None
 
 
 _PHASE_OPTIONS = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
@@ -38,7 +37,7 @@ from erllama.cli.reply import reply_json, statistics_line
 )
 @click.option("--json", "as_json", is_flag=True, help="Print each reply and its statistics as one line of JSON.")
 def chat(
-    model: Path | None,
+    model: str | None,
     loading: ModelOptions,
     sampling: dict[str, object],
     system: str | None,

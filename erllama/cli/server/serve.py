@@ -115,10 +115,11 @@ def serve(
 ) -> int:
     """Serve models over HTTP, with the APIs of OpenAI, Anthropic, llama-server and Ollama.
 
-    MODEL is a GGUF file. Its name without .gguf is the name that clients use. NAME=FILE gives it another name, and
-    NAME,ALIAS=FILE further ones; the alias * is for all names that no model has. Without any MODEL, here or in the
-    configuration file, the command serves erllama's demo model. Options of the command override those of the
-    configuration file, except that an option of a model in the file is the model's own.
+    MODEL is a GGUF file, or the name of a model on this machine (see `erllama models`). The name, or that of the
+    file without .gguf, is the one that clients use. NAME=MODEL gives it another name, and NAME,ALIAS=MODEL further
+    ones; the alias * is for all names that no model has. Without any MODEL, here or in the configuration file, the
+    command serves erllama's demo model. Options of the command override those of the configuration file, except
+    that an option of a model in the file is the model's own.
 
     \b
       erllama serve model.gguf

@@ -10,6 +10,7 @@ import erllama
 from erllama.cache.sizes import parse_bytes
 from erllama.cli.console import is_terminal, progress_bar
 from erllama.errors import OptionError
+from erllama.models.names import model_path
 from erllama.server.conduct.durations import parse_duration
 from erllama.server.models import ModelEntry, ModelPool
 from erllama.server.models.pool import load_entry
@@ -17,22 +18,27 @@ from erllama.server.settings.options import ServerOptions
 
 
 def parse_model(text: str, *, on_request: bool) -> ModelEntry:
-    """Return the model of an argument: a path, or "NAME,ALIAS,…=PATH".
+    """Return the model of an argument: a model, or "NAME,ALIAS,…=MODEL". A model is a path, or the name of one.
+
+    A model that is given by its name has that name for clients, too.
 
     Args:
         on_request: load it on its first request.
 
     Raises:
-        OptionError: there is no name before the "=", or no path after it.
+        ModelNameError: no model on this machine has the name.
+        OptionError: there is no name before the "=", or no model after it.
     """
     names, equals, place = text.rpartition("=")
     if not equals or Path(text).exists():
-        return ModelEntry(path=Path(text), load="request" if on_request else "start")
+        path = model_path(text)
+        own_name = None if str(path) == str(Path(text).expanduser()) else text
+        return ModelEntry(path=path, name=own_name, load="request" if on_request else "start")
     name, *aliases = (each.strip() for each in names.split(","))
     if not name or not all(aliases) or not place:
-        raise OptionError(f"{text!r}: pass PATH, NAME=PATH, or NAME,ALIAS=PATH")
+        raise OptionError(f"{text!r}: pass MODEL, NAME=MODEL, or NAME,ALIAS=MODEL")
     load = "request" if on_request else "start"
-    return ModelEntry(path=Path(place), name=name, aliases=tuple(aliases), load=load)  # type: ignore[arg-type]
+    return ModelEntry(path=model_path(place), name=name, aliases=tuple(aliases), load=load)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from erllama.errors import (
     GrammarError,
     MemoryLimitExceeded,
     ModelFailed,
+    ModelMismatch,
     ModelNotFound,
     ModelUnloaded,
     OptionError,
@@ -139,7 +140,7 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError("unavailable", message, "model_too_large")
         case ModelUnloaded():
             return ApiError("unavailable", message, "model_unavailable", retry_after=_RETRY_AFTER)
-        case ModelFailed() | ServerLost():
+        case ModelFailed() | ModelMismatch() | ServerLost():
             log.error("a request failed: %s", message)
             answer = "the model cannot compute now; the server's log has the cause"
             return ApiError("unavailable", answer, "model_unavailable", retry_after=_RETRY_AFTER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,51 +13,12 @@ from erllama._model.model import Model
 from erllama.cache import Cache
 from erllama.chat.thinking import find_thinking_markers
 from erllama.engine.backends.llama_library import llama_ffi, translate_errors
+from erllama.engine.backends.quantizations import quantization_of
 from erllama.errors import Error, ModelLoadError
 from erllama.server.models.entry import ModelEntry
 from erllama.server.models.memory import needed_memory
 from erllama.server.models.served import ServedModel
 
-# libllama's names of the commonest types of weights, by the number that files have.
-_QUANTIZATIONS: Mapping[object, str] = {
-    0: "all F32",
-    1: "F16",
-    2: "Q4_0",
-    3: "Q4_1",
-    7: "Q8_0",
-    8: "Q5_0",
-    9: "Q5_1",
-    10: "Q2_K - Medium",
-    11: "Q3_K - Small",
-    12: "Q3_K - Medium",
-    13: "Q3_K - Large",
-    14: "Q4_K - Small",
-    15: "Q4_K - Medium",
-    16: "Q5_K - Small",
-    17: "Q5_K - Medium",
-    18: "Q6_K",
-    25: "IQ4_NL - 4.5 bpw",
-    30: "IQ4_XS - 4.25 bpw",
-    32: "BF16",
-}
-# Number of a file by that of the commonest type of its tensors: libllama takes it if the file has none.
-_FILE_TYPES = {
-    0: 0,
-    1: 1,
-    2: 2,
-    3: 3,
-    6: 8,
-    7: 9,
-    8: 7,
-    10: 10,
-    11: 12,
-    12: 15,
-    13: 17,
-    14: 18,
-    20: 25,
-    23: 30,
-    30: 32,
-}
 _DEFAULT_SLOTS = 4  # of `load_model`
 
 
@@ -129,12 +89,8 @@ def describe_file(entry: ModelEntry) -> ModelDescription:
 
 def _quantization(path: Path, metadata: Mapping[str, object]) -> str:
     """Return how most weights of a file are stored; "" if its number is not one of the commonest."""
-    number = metadata.get("general.file_type")
-    if number is None:
-        with translate_errors(ModelLoadError, f"{path} cannot be read"):
-            types = Counter(tensor.ggml_type for tensor in llama_ffi.read_tensor_table(path)[1])
-        number = _FILE_TYPES.get(types.most_common(1)[0][0]) if types else None
-    return _QUANTIZATIONS.get(number, "")
+    with translate_errors(ModelLoadError, f"{path} cannot be read"):
+        return quantization_of(metadata, llama_ffi.read_tensor_table(path)[1])
 
 
 def no_description(entry: ModelEntry) -> ModelDescription:

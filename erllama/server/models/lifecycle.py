@@ -22,6 +22,7 @@ from erllama.server.conduct.durations import FOREVER
 from erllama.server.conduct.errors import ApiError, as_api_error
 from erllama.server.models.configured import ConfiguredModel, UnloadReason, serve
 from erllama.server.models.entry import ModelEntry
+from erllama.server.models.memory import fitted
 from erllama.server.models.room import NotAwaitedError, Room
 from erllama.server.models.served import ServedModel
 
@@ -154,8 +155,9 @@ class Lifecycle:
         """
         for model in self.known:
             if model.entry is not None and model.entry.load == "start":
-                self.room.take(model, self._estimate(model.entry))
-                self._add_loaded(model, self._load_now(model))
+                needed = self._estimate(model.entry)
+                self.room.take(model, needed)
+                self._add_loaded(model, self._load_now(model, needed))
 
     def start(self) -> None:
         """Start the timers of the models that are loaded. Call it in the event loop."""
@@ -177,7 +179,7 @@ class Lifecycle:
             needed = await asyncio.to_thread(self._estimate, entry)
             await self.room.make(model, needed, is_awaited=is_awaited)
             try:
-                loaded = await asyncio.to_thread(self._load_now, model)
+                loaded = await asyncio.to_thread(self._load_now, model, needed)
             except BaseException:
                 model.n_bytes = 0
                 raise
@@ -203,8 +205,8 @@ class Lifecycle:
                 if is_awaited and not model.waiters:
                     raise NotAwaitedError
 
-    def _load_now(self, model: ConfiguredModel) -> Model:
-        """Load a model, in a thread."""
+    def _load_now(self, model: ConfiguredModel, needed: MemoryEstimate) -> Model:
+        """Load a model with the context that its memory was estimated for, in a thread."""
 
         def goes_on(fraction: float) -> bool:
             model.progress = fraction
@@ -213,7 +215,7 @@ class Lifecycle:
         entry = model.entry
         assert entry is not None
         model.progress = 0.0
-        loaded = self._load_entry(entry, goes_on)
+        loaded = self._load_entry(fitted(entry, needed), goes_on)
         with self._closing_lock:
             self._alive.add(loaded)
             if not self._closing:

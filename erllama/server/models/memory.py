@@ -4,44 +4,49 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
-from erllama._model.info import devices
-from erllama.cache.pressure.memory import MemoryUsage, open_sources, readings
+from erllama.cache.pressure.memory import available_memory
 from erllama.cache.sizes import format_size
 from erllama.engine.backends.memory_estimate import MemoryEstimate, estimate_memory
 from erllama.errors import Error, MemoryLimitExceeded
+from erllama.models.fit import FIT, USABLE, describe_estimate, fitting_n_ctx, free_memory
 from erllama.server.models.entry import ModelEntry
 
 log = logging.getLogger("erllama.server")
 
-# The rest is for the server itself, the cache in RAM, and what the estimate of a model lacks.
-_USABLE = 0.9
-
 
 def default_memory_limit() -> int:
     """Return nine tenths of the available memory of this machine, within its cgroups' limits, and of its GPUs."""
-    free = [
-        max(reading.total - reading.used, 0)
-        for source in open_sources("system")
-        for reading in readings(source)
-        if isinstance(reading, MemoryUsage)
-    ]
-    on_gpus = 0
     try:
-        on_gpus = sum(device.free_bytes for device in devices() if device.kind == "gpu")
+        return int(USABLE * free_memory({}))
     except Error as error:
         log.warning("the memory of GPUs is unknown: %s", error)
-    return int(_USABLE * (min(free, default=0) + on_gpus))
+    return int(USABLE * available_memory())
 
 
-def needed_memory(entry: ModelEntry) -> MemoryEstimate:
+def needed_memory(entry: ModelEntry, limit: int | None = None) -> MemoryEstimate:
     """Return the memory that a model needs on this machine; zeros if RPC servers take an unknown part of it.
+
+    Args:
+        limit: bytes for all models, which bounds the context of n_ctx="fit"; None for the free memory.
 
     Raises:
         ModelLoadError: the file is missing, or is not GGUF.
+        MemoryLimitExceeded: n_ctx="fit", and no context fits.
     """
-    estimate = estimate_memory(entry.path, entry.options)
-    return MemoryEstimate(estimate.n_ctx, 0, 0, 0, 0) if entry.options.get("rpc_servers") else estimate
+    options = dict(entry.options)
+    if options.get("n_ctx") == FIT:
+        options["n_ctx"] = fitting_n_ctx(entry.path, options, limit)
+    estimate = estimate_memory(entry.path, options)
+    return MemoryEstimate(estimate.n_ctx, 0, 0, 0, 0) if options.get("rpc_servers") else estimate
+
+
+def fitted(entry: ModelEntry, needed: MemoryEstimate) -> ModelEntry:
+    """Return an entry with n_ctx="fit" replaced by the context that its memory was estimated for."""
+    if entry.options.get("n_ctx") != FIT:
+        return entry
+    return replace(entry, options={**entry.options, "n_ctx": needed.n_ctx})
 
 
 def not_enough_memory(
@@ -54,9 +59,7 @@ def not_enough_memory(
         is_busy: whether it fits once these models are idle.
     """
     message = (
-        f"the model {name!r} needs about {format_size(needed.total)} (weights "
-        f"{format_size(needed.weights)}, context of {needed.n_ctx} tokens {format_size(needed.kv + needed.state)}, "
-        f"computing {format_size(needed.compute)}), and the memory limit is {format_size(limit)}"
+        f"the model {name!r} needs about {describe_estimate(needed)}, and the memory limit is {format_size(limit)}"
     )
     if users:
         # Their names are for the log alone: a client may not know of models that its key must not use.

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from erllama._model.load import load_model
@@ -48,7 +49,7 @@ class ModelPool:
         models: loaded models, which the server never unloads, and entries, which it loads and unloads.
         cache: of the models that it loads; None for that of the first loaded model.
         load: loads the model of an entry; None for `load_model`.
-        estimate: returns the memory that the model of an entry needs.
+        estimate: returns the memory that the model of an entry needs; None for `needed_memory`.
         keep_alive: seconds after its last request until a model is unloaded, where its entry has no own.
         memory_limit: bytes for all models that it loads, by their estimates; None for nine tenths of what is
             available now.
@@ -70,7 +71,7 @@ class ModelPool:
         *,
         cache: Cache | None = None,
         load: Loader | None = None,
-        estimate: Estimator = needed_memory,
+        estimate: Estimator | None = None,
         keep_alive: float = FOREVER,
         memory_limit: int | None = None,
         memory_wait: float = 30.0,
@@ -82,6 +83,7 @@ class ModelPool:
             memory_limit = default_memory_limit()
         self._keep_alive, self._memory_pressure = keep_alive, memory_pressure
         self._given_cache = cache
+        estimate = estimate or partial(needed_memory, limit=memory_limit)
         self.lifecycle = Lifecycle(load or self._load, estimate, memory_limit or 0, memory_wait)
         self.models: Sequence[ConfiguredModel] = ()
         self._by_name: dict[str, ConfiguredModel] = {}
@@ -286,8 +288,11 @@ class ModelPool:
 
 
 def load_entry(entry: ModelEntry, cache: Cache | None, on_progress: Callable[[float], bool]) -> Model:
-    """Load the model of an entry with its options; as `load_model`."""
-    options: Any = entry.options
+    """Load the model of an entry with its options; as `load_model`, without the check of the free memory.
+
+    The server's memory limit decides whether a model fits.
+    """
+    options: Any = {"check_memory": False, **entry.options}
     return load_model(entry.path, id=entry.id, cache=cache, on_progress=on_progress, **options)
 
 

@@ -22,6 +22,7 @@ from erllama.cache.options import check_options, check_usable, checked_key_file
 from erllama.cache.sizes import parse_bytes
 from erllama.checks import boolean, reject_unknown, shown
 from erllama.errors import Error, ModelLoadError, OptionError
+from erllama.models.names import model_path
 from erllama.server.conduct.key_files import ENVIRONMENT, check_private, read_key_file
 from erllama.server.conduct.keys import ApiKey
 from erllama.server.models.entry import ModelEntry
@@ -35,6 +36,7 @@ from erllama.server.settings.toml_lines import Place, toml_lines
 _SECTIONS = ("server", "models", "keys", "pins", "cache")
 _SERVER = tuple(each.name for each in fields(ServerOptions) if each.name != "keys")
 _LISTEN = tuple(each.name for each in fields(ListenOptions))
+_OTHERS = ("access_log", "model_dirs")  # of [server], and of no class of options
 _KEY_SOURCES = ("key", "key_env", "key_file")
 _KEY = ("name", "cache_salt", "requests_per_minute", "tokens_per_minute", "models")
 _MODEL = ("path", "name", "aliases", "special_tokens_in_content", "load", "keep_alive")
@@ -106,6 +108,7 @@ class _Reader:
         self, path: Path, lines: Mapping[Place, int], environment: Mapping[str, str], mistakes: Mistakes
     ) -> None:
         self._path, self._lines, self._environment, self._mistakes = path, lines, environment, mistakes
+        self._model_dirs: tuple[Path, ...] = ()
         self._keys: list[ApiKey] = []
         self._key_lines: list[int | None] = []
         self._pins: list[PinEntry] = []
@@ -115,6 +118,7 @@ class _Reader:
         """Return the content of the file's sections."""
         self._known((), sections, _SECTIONS, "the configuration")
         server = self._server(self._table(sections, "server"))
+        self._model_dirs = tuple(map(Path, server.get("model_dirs", ())))  # type: ignore[call-overload]
         cache = self._cache(self._table(sections, "cache"))
         models = [self._model(place, entry) for place, entry in self._entries(sections, "models")]
         for place, entry in self._entries(sections, "keys"):
@@ -139,12 +143,14 @@ class _Reader:
     # --- sections ----------------------------------------------------------------------------------
 
     def _server(self, section: Mapping[str, object]) -> dict[str, object]:
-        known = self._known(("server",), section, (*_SERVER, *_LISTEN, "access_log"), "[server]")
+        known = self._known(("server",), section, (*_SERVER, *_LISTEN, *_OTHERS), "[server]")
         values: dict[str, object] = {}
         for name, value in known.items():
             with self._at(("server", name)):
                 checked = _server_option(name, value)
-                if name == "state_dir" or (name == "access_log" and value not in ("stderr", "none")):
+                if name == "model_dirs":
+                    checked = [str(self._resolve(each)) for each in texts(name, checked)]
+                elif name == "state_dir" or (name == "access_log" and value not in ("stderr", "none")):
                     checked = str(self._resolve(checked))
                 if name == "access_log" and not Path(str(checked)).parent.is_dir():
                     raise OptionError(f"access_log: {Path(str(checked)).parent} is not a directory; create it")
@@ -178,12 +184,15 @@ class _Reader:
             with self._at((*place, name)):
                 if name in known or name == "path":
                     checked = _model_option(name, known.get(name))
-                    read[name] = self._resolve(checked) if name == "path" else checked
+                    read[name] = self._model_path(checked) if name == "path" else checked
         options = {name: value for name, value in known.items() if name not in _MODEL}
         options = self._check_together(place, options, check_load_options)
         path = read.get("path")
         if isinstance(path, Path):
             self._check_together(place, options, lambda rest: check_model_file(path, rest), "path")
+        given = known.get("path")
+        if isinstance(path, Path) and path != self._path.parent / Path(str(given)).expanduser():
+            read.setdefault("name", given)  # a model that is given by its name has that name for clients, too
         if "path" not in read or any(name in known and name not in read for name in _MODEL):
             return None  # its names are unknown
         return ModelEntry(
@@ -255,6 +264,10 @@ class _Reader:
         if isinstance(value, Mapping):
             return {self._cache_path(directory): quota for directory, quota in value.items()}
         return value
+
+    def _model_path(self, model: object) -> Path:
+        """Return the file of a model, by its path or its name."""
+        return model_path(str(model), self._model_dirs, base=self._path.parent)
 
     def _resolve(self, path: object) -> Path:
         try:
@@ -354,6 +367,8 @@ def _server_option(name: str, value: object) -> object:
     if name in _LISTEN:
         ListenOptions(**{name: value})  # type: ignore[arg-type]
         return value
+    if name == "model_dirs":
+        return texts(name, value)
     if name in ("allowed_hosts", "cors_origins"):
         value = texts(name, value)
     elif name == "max_body_bytes":
@@ -365,7 +380,7 @@ def _server_option(name: str, value: object) -> object:
 def _model_option(name: str, value: object) -> object:
     """Return an option of `[[models]]` that is not one of `load_model`, checked."""
     if name == "path" and (not isinstance(value, str) or not value):
-        raise OptionError("a model needs a path, the path of a GGUF file")
+        raise OptionError("a model needs a path: that of a GGUF file, or the name of a model on this machine")
     if name == "name" and (not isinstance(value, str) or not value):
         raise OptionError(f"name must be a text, not {shown(value)}")
     if name == "aliases":

@@ -1,0 +1,1 @@
+"""Tests of llama-cpp-python's high-level interface, from its own sources, against `erllama.llama_cpp`."""
