@@ -289,7 +289,6 @@ def test_the_encryption_page_runs_as_written(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     write_scripted(tmp_path / "model.gguf", {"a": "b", "b": "c", "c": "a"})
-    (tmp_path / ".config" / "erllama").mkdir(parents=True)
     create_key_file(tmp_path / ".config" / "erllama" / "cache.key")
     names: Names = {"erllama": erllama}
     run("docs/encryption.md", names)
