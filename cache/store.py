@@ -323,7 +323,9 @@ class Cache:
         return Match(tuple(blocks), n_tokens, unpin)
 
     @uninterrupted
-    def fetch(self, blocks: Sequence[Block], seconds_per_token: float | None = None) -> Fetch:
+    def fetch(
+        self, blocks: Sequence[Block], seconds_per_token: float | None = None, n_tokens: int | None = None
+    ) -> Fetch:
         """Begin to read the blocks that only a remote tier has, in the background. The engine calls it.
 
         Does not wait. The result is done once the blocks were read, or waiting is not worth it any more: a read
@@ -332,8 +334,10 @@ class Cache:
         Args:
             blocks: of a match, from the first that is needed to the last.
             seconds_per_token: how long the model computes; None if that is unknown.
+            n_tokens: how many tokens the model need not compute with the blocks; None for those of the blocks, from
+                the first that is fetched.
         """
-        return self._fetcher.fetch(blocks, seconds_per_token)
+        return self._fetcher.fetch(blocks, seconds_per_token, n_tokens)
 
     def load(self, block: Block, *, local: bool = False) -> Loaded | None:
         """Load the payload of a block from the fastest tier that has it.
