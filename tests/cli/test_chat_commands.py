@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from erllama.cli.chat.tools import load_functions
 from erllama.testing.scripted import write_scripted
 from support.cli import SPECIAL, Command, CommandResult, write_replying_model
+from support.paths import ROOT
 from support.pseudo_terminal import PseudoTerminal
 
 ONE = ("--threads", "1")
@@ -330,6 +332,14 @@ def test_a_file_without_tools_is_refused(run: Command, caller: Path, tmp_path: P
         assert screen.wait_for_end() == 1, screen.text
         assert words in screen.text
         assert "Traceback" not in screen.text
+
+
+def test_the_functions_of_the_page_become_tools(tmp_path: Path) -> None:
+    snippet = re.search(r"^```python\n(.*?)^```$", (ROOT / "docs" / "cli.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert snippet is not None
+    (tmp_path / "my_tools.py").write_text(snippet[1])
+    (function,) = load_functions(tmp_path / "my_tools.py")
+    assert function("Rome") == "noon in Rome"
 
 
 def test_tools_need_a_terminal_where_calls_are_confirmed(run: Command, caller: Path, tmp_path: Path) -> None:
