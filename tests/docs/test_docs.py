@@ -431,6 +431,7 @@ def test_the_harness_page_runs_as_written(tmp_path: Path) -> None:
 # Pages whose snippets other tests run.
 ELSEWHERE = {
     "docs/backends.md": "tests/harness/test_backends.py",
+    "docs/cli.md": "tests/cli/test_chat_commands.py",
     "docs/metrics.md": "tests/serving/test_metrics.py",
     "docs/demo-model.md": "tests/models/test_demo_model.py",
     "docs/index.md": "tests/docs/test_commands.py",
