@@ -285,6 +285,7 @@ def test_a_cancellation_before_the_options_are_checked_has_an_effect(fleet: Flee
         async for received in original(request, body, identity):
             if not sent:
                 sent.append(request)
+                assert fleet.calls.replicas[received.replica]._requests[request] is None
                 await fleet.calls.cancel(received.replica, request)
             yield received
 
@@ -476,6 +477,7 @@ def test_an_ingress_with_another_file_does_not_start(tmp_path: Path, fleet: Flee
 
 
 def test_the_hottest_prefixes_are_sought_for_new_replicas_only(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
+    fleet.in_loop(lambda: None)  # the first replicas are known
     calls: list[int] = []
     monkeypatch.setattr(fleet.router, "hottest", lambda n: calls.append(n) or [])
     fleet.in_loop(fleet.calls.announce)
