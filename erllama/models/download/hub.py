@@ -151,7 +151,12 @@ class _RepositoryDownload:
     def _get(self, file: _HubFile) -> Path:
         blob = self._folder / "blobs" / file.sha256
         pointer = self._folder / "snapshots" / self._commit / PurePosixPath(file.name)
-        if blob.exists() and (blob.stat().st_size != file.n_bytes or file_digest(blob) != file.sha256):
+        if pointer.is_file() and not pointer.is_symlink():  # a cache without links
+            if _is_complete(pointer, file):
+                self._done += file.n_bytes
+                return pointer
+            pointer.unlink()  # damaged
+        if blob.exists() and not _is_complete(blob, file):
             blob.unlink()  # damaged
         if not blob.exists():
             if file.n_bytes > _LARGEST_HTTP_FILE:
@@ -308,6 +313,10 @@ def _downloaded(folder: Path, repository: str, choice: str | None, revision: str
     return by_stem[_chosen(models, repository, choice).stem].path
 
 
+def _is_complete(path: Path, file: _HubFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.n_bytes and file_digest(path) == file.sha256
+
+
 def _link(pointer: Path, blob: Path) -> None:
     """Make a file of a snapshot: a relative link to its blob, or the blob itself where there are no links."""
     if pointer.exists():
@@ -328,7 +337,7 @@ def _read_reference(folder: Path, revision: str) -> str:
 
 
 def _write_reference(folder: Path, revision: str, commit: str) -> None:
-    if _is_inside(revision):
+    if _is_inside(revision) and _read_reference(folder, revision) != commit:
         path = folder / "refs" / revision
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(commit, encoding="ascii")

@@ -13,10 +13,11 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from erllama.cache.sizes import format_size
 from erllama.errors import DownloadError
@@ -58,44 +59,79 @@ def get_file(source: Source, target: Path, partial: Path, n_bytes: int, sha256: 
         on_progress: called with the bytes that exist, and may raise to end the transfer.
 
     Raises:
-        DownloadError: the connection fails again and again, the disk is full, another process gets the same file,
-            or the digest is wrong.
-        OSError: the directory cannot be written.
+        DownloadError: the connection fails again and again, the disk is full, the directory cannot be written,
+            another process gets the same file, or the digest is wrong.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("ab+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            raise DownloadError(f"another process downloads {target.name}; wait until it has ended") from None
-        if target.exists() or not partial.exists():  # another process has got it in between
-            return
-        _check_space(partial.parent, n_bytes - _size(file), target.name)
-        _Transfer(source, file, target.name, n_bytes, on_progress).run()
-        if (found := _digest(file)) != sha256:
-            partial.unlink(missing_ok=True)
-            raise DownloadError(
-                f"{target.name} has sha256 {found}, expected {sha256}; it is deleted. Download it again"
-            )
-        file.flush()
-        os.fsync(file.fileno())
-        partial.replace(target)
+    with _disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    while not _is_got(source, target, partial, n_bytes, sha256, on_progress):
+        pass
+
+
+def _is_got(source: Source, target: Path, partial: Path, n_bytes: int, sha256: str, on_progress: Progress) -> bool:
+    """Get a file; return False if the partial file was renamed or deleted before it was locked."""
+    with _disk_errors(target):
+        file = partial.open("ab+", buffering=0)
+    with file:
+        with _disk_errors(target):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                raise DownloadError(f"another process downloads {target.name}; wait until it has ended") from None
+            if not _is_at(partial, file):
+                return target.exists()  # another process has got it in between
+            if target.exists():
+                partial.unlink()
+                return True
+            _check_space(partial.parent, n_bytes - _size(file), target.name)
+        _Transfer(source, file, target, n_bytes, on_progress).run()
+        with _disk_errors(target):
+            if (found := _digest(file)) != sha256:
+                partial.unlink(missing_ok=True)
+                raise DownloadError(
+                    f"{target.name} has sha256 {found}, expected {sha256}; it is deleted. Download it again"
+                )
+            os.fsync(file.fileno())
+            partial.replace(target)
+    return True
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Turn errors of the file system into a `DownloadError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DownloadError(f"the disk is full; {target.name} continues once there is space") from None
+        raise DownloadError(
+            f"{target.name} cannot be written to {target.parent}: {error.strerror or error}; make the directory "
+            "writable, or choose another one with HF_HUB_CACHE"
+        ) from None
+
+
+def _is_at(path: Path, file: FileIO) -> bool:
+    """Return whether an open file still has its name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 class _Transfer:
     """The attempts to complete one partial file."""
 
-    def __init__(self, source: Source, file: IO[bytes], name: str, n_bytes: int, on_progress: Progress) -> None:
-        self._source, self._file, self._name = source, file, name
+    def __init__(self, source: Source, file: FileIO, target: Path, n_bytes: int, on_progress: Progress) -> None:
+        self._source, self._file, self._target = source, file, target
         self._n_bytes, self._on_progress = n_bytes, on_progress
 
     def run(self) -> None:
         """Attempt until the file has all its bytes."""
         if _size(self._file) > self._n_bytes:  # of another version, or of a server that sent too much
-            self._file.truncate(0)
+            self._truncate()
         failures = 0
         while (size := _size(self._file)) < self._n_bytes:
             self._on_progress(size)
@@ -104,14 +140,10 @@ class _Transfer:
                 problem = "the server ended the connection early"
             except TransferError as error:
                 problem = str(error)
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise DownloadError(f"the disk is full; {self._name} continues once there is space") from None
-                raise
             failures = 0 if _size(self._file) > size else failures + 1
             if failures >= _ATTEMPTS:
                 raise DownloadError(
-                    f"{self._name} cannot be downloaded: {problem}. {format_size(size)} of "
+                    f"{self._target.name} cannot be downloaded: {problem}. {format_size(size)} of "
                     f"{format_size(self._n_bytes)} are kept; the next attempt continues there"
                 )
             if failures:
@@ -122,18 +154,28 @@ class _Transfer:
         """Append what one response brings."""
         with self._source.open(size) as (status, next_piece):
             if status == 416 or (status == 200 and size):  # the server cannot continue: begin again
-                self._file.truncate(0)
+                self._truncate()
                 size = 0
                 if status == 416:
                     return
             while piece := next_piece():
                 if size + len(piece) > self._n_bytes:
-                    self._file.truncate(0)
+                    self._truncate()
                     raise TransferError(f"the server sends more than {self._n_bytes} bytes")
-                self._file.write(piece)
-                self._file.flush()  # so that a process that is killed leaves them
+                self._write(piece)
                 size += len(piece)
                 self._on_progress(size)
+
+    def _write(self, piece: bytes) -> None:
+        """Append bytes without a buffer, so that a process that is killed leaves them."""
+        rest = memoryview(piece)
+        with _disk_errors(self._target):
+            while rest:
+                rest = rest[self._file.write(rest) :]  # which may write a part, for example before the disk is full
+
+    def _truncate(self) -> None:
+        with _disk_errors(self._target):
+            self._file.truncate(0)
 
 
 def file_digest(path: Path) -> str:
@@ -142,16 +184,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(file: IO[bytes]) -> str:
+def _digest(file: FileIO) -> str:
     digest = hashlib.sha256()
-    file.flush()
     file.seek(0)
     while piece := file.read(_CHUNK):
         digest.update(piece)
     return digest.hexdigest()
 
 
-def _size(file: IO[bytes]) -> int:
+def _size(file: FileIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
