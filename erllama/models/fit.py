@@ -18,7 +18,7 @@ from erllama.errors import MemoryLimitExceeded, ModelLoadError, OptionError
 from erllama.models.names import model_path
 
 if TYPE_CHECKING:
-    from erllama.engine.backends.llama_library import Device
+    from erllama.engine.backends.llama_library import llama_ffi
     from erllama.engine.backends.memory_estimate import MemoryEstimate, ModelHeader
 
 FIT = "fit"  # the value of `n_ctx` that stands for the largest context that fits
@@ -122,7 +122,7 @@ def free_memory(options: Mapping[str, object]) -> int:
     return available_memory() + of_gpus
 
 
-def _shares_memory(device: Device) -> bool:
+def _shares_memory(device: llama_ffi.Device) -> bool:
     """Return whether a device uses the machine's memory: an integrated GPU, or that of an Apple processor."""
     return device.kind == "igpu" or device.name.startswith("MTL")
 

@@ -127,9 +127,13 @@ class ToolStream:
                 yield result
             if self._cancelled:
                 return
-            self._stream = self._stream_chat(conversation.messages, **conversation.options)
-            if self._cancelled:  # by another thread in between, which had the previous stream only
-                self._stream.cancel()
+            self._submit()
+
+    def _submit(self) -> None:
+        """Send the next request. Cancel it if another thread has cancelled the previous one in between."""
+        self._stream = self._stream_chat(self._conversation.messages, **self._conversation.options)
+        if self._cancelled:
+            self._stream.cancel()
 
     def __iter__(self) -> Iterator[Event | ToolResult]:
         return self
