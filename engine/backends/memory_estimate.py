@@ -18,7 +18,8 @@ import numpy as np
 
 from erllama.engine.backends.gguf_parts import parts
 from erllama.engine.backends.llama_file import check_file
-from erllama.engine.backends.llama_library import devices, llama_ffi, translate_errors
+from erllama.engine.backends.llama_library import llama_ffi, translate_errors
+from erllama.engine.backends.llama_options import LlamaOptions
 from erllama.engine.backends.repacked_weights import weight_sizes
 from erllama.errors import ModelLoadError
 
@@ -39,7 +40,8 @@ KV_BYTES = {
     "iq4_nl": 18 / 32,
 }
 # Every n-th layer sees the whole context, and the others a sliding window, where the file has no pattern. These
-# numbers are part of libllama's code of each architecture. Other architectures count as if all layers saw all.
+# numbers are part of libllama's code of each architecture. Other architectures count as if all layers saw all; what
+# they then have more than with windows in all layers is `spare`.
 _WINDOW_PERIODS = {
     "gemma2": 2,
     "gemma3": 6,
@@ -50,7 +52,18 @@ _WINDOW_PERIODS = {
     "olmo2": 4,
     "smallthinker": 4,
     "afmoe": 4,
+    "cohere2moe": 4,
+    "exaone-moe": 4,
+    "laguna": 4,
+    "llama4": 4,
+    "mellum": 4,
+    "phi3": 1,
+    "plamo3": 8,
 }
+_WHOLE_FIRST = ("cohere2moe", "laguna", "smallthinker")  # of each period, the first layer sees all, not the last
+# Windows in tokens that libllama's code fixes.
+_FIXED_WINDOWS = {"exaone-moe": 128, "llama4": 8192}
+_DEVICE_OPTIONS = ("devices", "n_gpu_layers", "split_mode", "main_gpu", "tensor_split")
 _MOST_LAYERS = 4096
 _LARGEST = 2**40  # of the numbers that a header states
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -69,6 +82,8 @@ class MemoryEstimate(NamedTuple):
         state: of recurrent layers.
         compute: of intermediate results.
         mapped: of the mapped file, beyond `weights`. It is not read after loading, and the kernel reclaims it.
+        spare: of the others, what may take no free memory: mapped weights, which the kernel drops and reads again,
+            and KV that the model may not have, where the header leaves this open.
     """
 
     n_ctx: int
@@ -77,11 +92,17 @@ class MemoryEstimate(NamedTuple):
     state: int
     compute: int
     mapped: int = 0
+    spare: int = 0
 
     @property
     def total(self) -> int:
         """The memory that the model needs: all of it but `mapped`."""
         return self.weights + self.kv + self.state + self.compute
+
+    @property
+    def least(self) -> int:
+        """The free memory without which the model cannot be loaded: `total` without `spare`."""
+        return self.total - self.spare
 
     @property
     def allocated(self) -> int:
@@ -130,6 +151,10 @@ class ModelHeader:
         metadata = {**self.metadata, **(overrides if isinstance(overrides, Mapping) else {})}
         return _Model(metadata, self.files, options).estimate()
 
+    def is_on_devices(self, options: Mapping[str, object]) -> bool:
+        """Return whether all layers are on GPUs, if there are any, with options of `load_model`."""
+        return _Model(self.metadata, self.files, options).is_on_devices()
+
     @property
     def takes_quantized_kv(self) -> bool:
         """Whether the blocks of 32 values of a quantized KV type divide a head's keys and values."""
@@ -164,7 +189,7 @@ class _Model:
         self._n_layer = max(min(self._number("block_count"), _MOST_LAYERS), len(self._parts))
         self._n_embd = self._number("embedding_length")
         self._recurrent = [layer for layer in range(self._n_layer) if self._has(layer, _RECURRENT)]
-        self._window = self._number("attention.sliding_window")
+        self._window = self._window_size()
         running = self._option("n_seq_max", 4)
         can_trim = not self._recurrent and not self._window
         # One more sequence moves blocks.
@@ -174,8 +199,14 @@ class _Model:
         self._n_ubatch = min(self._option("n_ubatch", 512), self._option("n_batch", 2048), self._n_ctx)
 
     def estimate(self) -> MemoryEstimate:
-        weights, mapped = self._weights()
-        return MemoryEstimate(self._n_ctx, weights, self._kv(), self._state(), self._compute(), mapped)
+        weights, mapped, spare = self._weights()
+        kv = self._kv()
+        spare += kv - self._kv(windows_if_open=True)
+        return MemoryEstimate(self._n_ctx, weights, kv, self._state(), self._compute(), mapped, spare)
+
+    def is_on_devices(self) -> bool:
+        asked = self._options.get("n_gpu_layers", -1)
+        return not isinstance(asked, int) or asked < 0 or asked > self._n_layer
 
     def takes_quantized_kv(self) -> bool:
         widths = {
@@ -188,14 +219,23 @@ class _Model:
 
     # --- sizes ---------------------------------------------------------------------------------
 
-    def _weights(self) -> tuple[int, int]:
-        """Return the bytes of weights, and of the mapped file beyond them."""
-        if uses_gpu(self._options):  # which computes with the weights as they are in the file
-            return sum(each.n_bytes for each in self._tensors), 0
+    def _weights(self) -> tuple[int, int, int]:
+        """Return the bytes of weights, those of the mapped file beyond them, and those that the kernel can drop."""
+        mmap = self._options.get("mmap") is not False
+        can_drop = mmap and not self._options.get("mlock")
+        if layer_devices(self._options):  # which compute with the weights as they are in the file
+            n_bytes = sum(each.n_bytes for each in self._tensors)
+            return n_bytes, 0, n_bytes if can_drop and not self.is_on_devices() else 0
         is_tied = not self._is_embedder and not any(each.name == "output.weight" for each in self._tensors)
-        return weight_sizes(self._files, mmap=self._options.get("mmap") is not False, is_tied=is_tied)
+        needed, mapped, copies = weight_sizes(self._files, mmap=mmap, is_tied=is_tied)
+        return needed, mapped, needed - copies if can_drop else 0
 
-    def _kv(self) -> int:
+    def _kv(self, *, windows_if_open: bool = False) -> int:
+        """Return the bytes of KV.
+
+        Args:
+            windows_if_open: count layers as those with a window where nothing says which ones have it.
+        """
         if self._is_embedder:
             return 0
         key_bytes, value_bytes = (
@@ -205,9 +245,11 @@ class _Model:
         for layer in range(self._n_layer):
             if layer in self._recurrent and not self._has(layer, _ATTENTION):
                 continue
-            in_window = self._sees_window(layer)
+            in_window = self._sees_window(layer, if_open=windows_if_open)
             n_kv = self._of_layer("attention.head_count_kv", layer) or self._of_layer("attention.head_count", layer)
             key, value = (self._head_width(name, layer, in_window) for name in ("key_length", "value_length"))
+            if self._has_latent_kv:  # libllama computes values from the keys
+                value = 0
             total += self._cells(in_window) * n_kv * (key * key_bytes + value * value_bytes)
         return round(total)
 
@@ -216,14 +258,28 @@ class _Model:
             return self._n_ctx
         return min(self._n_ctx, _round_up(self._window * self._n_sequences + self._n_ubatch))
 
-    def _sees_window(self, layer: int) -> bool:
+    @property
+    def _has_latent_kv(self) -> bool:
+        return bool(self._number("attention.key_length_mla") and self._number("attention.value_length_mla"))
+
+    def _window_size(self) -> int:
+        """Return the tokens of the sliding window; 0 without one."""
+        fixed = _FIXED_WINDOWS.get(self._architecture, 0)
+        stated = self._metadata.get(f"{self._architecture}.attention.sliding_window")
+        # A stated 0 means no window to llama4 alone.
+        return fixed if fixed and (stated != 0 or self._architecture != "llama4") else _checked(stated)
+
+    def _sees_window(self, layer: int, *, if_open: bool) -> bool:
         if not self._window:
             return False
         pattern = self._metadata.get(f"{self._architecture}.attention.sliding_window_pattern")
         if isinstance(pattern, np.ndarray | list):
             return layer < len(pattern) and bool(pattern[layer])
         period = pattern if isinstance(pattern, int) and pattern > 0 else _WINDOW_PERIODS.get(self._architecture, 0)
-        return bool(period) and layer % period < period - 1
+        if not period:
+            return if_open
+        at = layer % period
+        return at > 0 if self._architecture in _WHOLE_FIRST else at < period - 1
 
     def _head_width(self, name: str, layer: int, in_window: bool) -> int:
         in_windows = self._number(f"attention.{name}_swa") if in_window else 0
@@ -304,12 +360,19 @@ class _Model:
         return value if isinstance(value, int) and value > 0 else default
 
 
-def uses_gpu(options: Mapping[str, object]) -> bool:
-    """Return whether a GPU of this machine holds layers of a model that is loaded with these options."""
-    chosen = options.get("devices")
-    if options.get("n_gpu_layers") == 0 or (chosen is not None and (not chosen or chosen == ["CPU"])):
-        return False
-    return any(device.kind in ("gpu", "igpu") for device in devices())
+def layer_devices(options: Mapping[str, object]) -> list[llama_ffi.Device]:
+    """Return the devices of this machine, beside the CPU, that hold layers of a model.
+
+    Args:
+        options: of `load_model`, by name. [] with `rpc_servers`, whose devices take an unknown part.
+
+    Raises:
+        OptionError: the options for devices do not fit the devices.
+    """
+    if options.get("rpc_servers"):
+        return []
+    chosen = {name: options[name] for name in _DEVICE_OPTIONS if options.get(name) is not None}
+    return LlamaOptions(**chosen).computing_devices()  # type: ignore[arg-type]
 
 
 def _checked(value: object) -> int:

@@ -49,10 +49,12 @@ class WeightSizes(NamedTuple):
     Attributes:
         needed: of the weights that are read: copies, and those that have none.
         mapped: of the rest of the mapped file, which is not read after loading. The kernel reclaims this memory.
+        copies: of `needed`, the copies.
     """
 
     needed: int
     mapped: int
+    copies: int
 
 
 def weight_sizes(
@@ -86,7 +88,7 @@ def weight_sizes(
                 used += tensor.n_bytes
                 begin, end = min(begin, tensor.offset), max(end, tensor.offset + tensor.n_bytes)
         mapped += max(end - begin, 0)
-    return WeightSizes(copies + used, max(mapped - used, 0) if mmap else 0)
+    return WeightSizes(copies + used, max(mapped - used, 0) if mmap else 0, copies)
 
 
 def processor_features() -> frozenset[str]:

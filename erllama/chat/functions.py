@@ -221,7 +221,7 @@ class FunctionTools:
     def reject_async(self) -> None:
         """Raise OptionError if a function is a coroutine function."""
         for name, function in self._functions.items():
-            if inspect.iscoroutinefunction(function):
+            if is_async(function):
                 raise OptionError(f"{name} is a coroutine function; use arun_tools or astream_run_tools")
 
     def function(self, call: ToolCall) -> Callable[..., object]:
@@ -234,6 +234,11 @@ class FunctionTools:
             return returned(call, self.function(call)(**call.arguments))
         except Exception as error:  # any exception goes to the model
             return raised(call, error)
+
+
+def is_async(function: Callable[..., object]) -> bool:
+    """Return whether a function, or an object that is called as one, is a coroutine function."""
+    return any(inspect.iscoroutinefunction(each) for each in (function, type(function).__call__))
 
 
 def returned(call: ToolCall, value: object) -> ToolResult:

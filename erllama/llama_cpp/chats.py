@@ -150,7 +150,7 @@ def _tool_call(call: ToolCall) -> ChatCompletionMessageToolCall:
 
 
 def _call_delta(call: ToolCall, index: int) -> ChatCompletionStreamResponseDelta:
-    return {
+    delta: ChatCompletionStreamResponseDelta = {
         "tool_calls": [
             {
                 "index": index,
@@ -160,6 +160,9 @@ def _call_delta(call: ToolCall, index: int) -> ChatCompletionStreamResponseDelta
             }
         ]
     }
+    if index == 0:  # the older form has one call
+        delta["function_call"] = {"name": call.name, "arguments": call.arguments_json}
+    return delta
 
 
 def _finish_reason(reply: ChatCompletion) -> _Reason:
@@ -204,7 +207,9 @@ def format_schema(response_format: Mapping[str, object] | None) -> Mapping[str, 
     kind = choice("response_format['type']", response_format.get("type"), ("text", "json_object", "json_schema"))
     if kind == "text":
         return None
-    schema = response_format.get("schema", {"type": "object"})
+    schema = response_format.get("schema")
+    if schema is None:
+        schema = {"type": "object"}
     if kind == "json_schema":
         declared = response_format.get("json_schema")
         schema = declared.get("schema") if isinstance(declared, Mapping) else None

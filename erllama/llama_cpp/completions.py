@@ -26,7 +26,7 @@ class TextCompletion:
         name: the model's name in the result.
         ids: tokens of the prompt.
         options: options of `Model.complete`.
-        before, after: texts that the whole result has around the reply.
+        before: text that the whole result has before the reply.
         offset: number of characters before the reply, for the offsets of its tokens.
         watch: the stopping criteria; None without any.
         on_end: called with the tokens of the reply.
@@ -40,13 +40,12 @@ class TextCompletion:
         options: dict[str, Any],
         *,
         before: str = "",
-        after: str = "",
         offset: int = 0,
         watch: StopWatch | None = None,
         on_end: Callable[[Sequence[int]], None],
     ) -> None:
         self._model, self._name, self._ids, self._options = model, name, ids, options
-        self._before, self._after, self._offset = before, after, offset
+        self._before, self._offset = before, offset
         self._watch, self._on_end = watch, on_end
         self._id, self._created = f"cmpl-{uuid.uuid4()}", int(time.time())
         self._tokens: Sequence[int] = ()
@@ -69,9 +68,7 @@ class TextCompletion:
             "completion_tokens": n_reply,
             "total_tokens": n_prompt + n_reply,
         }
-        result = self._chunk(
-            self._before + text + self._after, self._logprobs(logprobs, self._offset), self._finish_reason
-        )
+        result = self._chunk(self._before + text, self._logprobs(logprobs, self._offset), self._finish_reason)
         return {**result, "usage": usage}
 
     def chunks(self) -> Iterator[CreateCompletionResponse]:

@@ -548,14 +548,19 @@ class Llama(TokenLevel):
     def set_cache(self, cache: BaseLlamaCache | None) -> None:
         """Use a cache for the prompts of this model. None for the one of the constructor.
 
-        The model is loaded again on the cache. Its file is in memory already, so that takes little time.
+        The model is loaded again on the cache. Its file is in memory already, so that takes little time. If that
+        fails, the error is raised and the model is loaded on the previous cache.
         """
         if cache is not None and not isinstance(cache, BaseLlamaCache):
             raise OptionError(f"set_cache({shown(cache)}); pass a LlamaRAMCache, a LlamaDiskCache, or None")
         if self._options.get("vocab_only"):
             raise Unsupported("a model with vocab_only computes no prompts, so it has no use for a cache")
         self._model.unload()
-        self._model = self._load(self._own_cache if cache is None else cache.cache)
+        try:
+            self._model = self._load(self._own_cache if cache is None else cache.cache)
+        except BaseException:
+            self._model = self._load(self._own_cache if self.cache is None else self.cache.cache)
+            raise
         self.cache = cache
 
     def close(self) -> None:

@@ -111,6 +111,7 @@ def load_options(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         "kv_type_k": _named("type_k", values["type_k"], KV_TYPES),
         "kv_type_v": _named("type_v", values["type_v"], KV_TYPES),
         "flash_attn": "auto" if values["flash_attn"] is None else values["flash_attn"],
+        "check_memory": False,  # llama-cpp-python has no such check, and `Llama` no option to leave it out
         "rope_scaling": _named("rope_scaling_type", values["rope_scaling_type"], {**ROPE_SCALINGS, None: None}),
     }
     if values["main_gpu"] or options["split_mode"] == "none":

@@ -6,7 +6,7 @@ models` and the server use the same numbers. The estimates are those of `engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -18,6 +18,7 @@ from erllama.errors import MemoryLimitExceeded, ModelLoadError, OptionError
 from erllama.models.names import model_path
 
 if TYPE_CHECKING:
+    from erllama.engine.backends.llama_library import llama_ffi
     from erllama.engine.backends.memory_estimate import MemoryEstimate, ModelHeader
 
 FIT = "fit"  # the value of `n_ctx` that stands for the largest context that fits
@@ -40,6 +41,10 @@ _MEMORY_OPTIONS = (
     "overrides",
     "devices",
     "n_gpu_layers",
+    "split_mode",
+    "main_gpu",
+    "tensor_split",
+    "mlock",
 )
 
 
@@ -49,13 +54,14 @@ class Fit:
 
     Attributes:
         path: its file.
-        estimate: the memory that it needs, as a `MemoryEstimate` in bytes: `weights`, `kv`, `state`, `compute` and
-            `total`, and the size `n_ctx` of its context in tokens.
+        estimate: the memory that it needs, as a `MemoryEstimate` in bytes: `weights`, `kv`, `state`, `compute`,
+            `total`, and `least`, which must be free; and the size `n_ctx` of its context in tokens.
         free: bytes of memory that are free for it: those of this machine within the limits of its cgroups, and
             those of the GPUs that hold its layers.
         n_ctx_train: the context that the model was trained with, in tokens; 0 if its file does not say.
         largest_n_ctx: the largest context in tokens that fits nine tenths of the free memory, at most n_ctx_train,
-            by the type of its KV: the asked type, and smaller ones that the model can use. 0 if none fits.
+            by the type of its KV: the asked type, and smaller ones that the model can use. 0 if none fits. If GPUs
+            hold all layers, their memory alone counts. Empty if they hold some layers, or their memory is unknown.
     """
 
     path: Path
@@ -66,8 +72,8 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether `load_model` loads the model with the asked options."""
-        return self.estimate.total <= self.free
+        """Whether the model passes the check of `load_model` with the asked options."""
+        return self.estimate.least <= self.free
 
 
 def fit_model(model: str | Path, **options: object) -> Fit:
@@ -81,7 +87,7 @@ def fit_model(model: str | Path, **options: object) -> Fit:
     Raises:
         ModelNameError: no local model has the name.
         ModelLoadError: the file is missing, or is not GGUF.
-        OptionError: an option is unknown or wrong.
+        OptionError: an option is unknown or wrong, or n_ctx="fit" and GPUs hold some of the layers.
         MemoryLimitExceeded: n_ctx="fit", and no context fits.
     """
     unknown = {name: value for name, value in options.items() if name not in _MEMORY_OPTIONS}
@@ -95,35 +101,61 @@ def fit_model(model: str | Path, **options: object) -> Fit:
         choice(name, options.get(name, "f16"), tuple(KV_BYTES))
     path = model_path(model)
     header, free = _header(path), free_memory(options)
+    room = _room(header, options)
     asked = str(options.get("kv_type_k", "f16"))
     kinds = [asked, *(kind for kind in _usable_types(header, options) if KV_BYTES[kind] < KV_BYTES[asked])]
-    largest = {kind: largest_n_ctx(header, _with_type(options, kind, asked), int(USABLE * free)) for kind in kinds}
+    largest = (
+        {}
+        if room is None
+        else {kind: largest_n_ctx(header, _with_type(options, kind, asked), int(USABLE * room)) for kind in kinds}
+    )
     if options.get("n_ctx") == FIT:
-        options = {**options, "n_ctx": _checked_fit(path, header, options, free)}
+        options = {**options, "n_ctx": _checked_fit(path, header, options, room)}
     return Fit(path, header.estimate(options), free, header.n_ctx_train, largest)
 
 
 def free_memory(options: Mapping[str, object]) -> int:
     """Return the free memory for a model: of the machine within its cgroups' limits, and of GPUs that it uses."""
-    from erllama.engine.backends.llama_library import devices
-    from erllama.engine.backends.memory_estimate import uses_gpu
+    from erllama.engine.backends.memory_estimate import layer_devices
 
-    free = available_memory()
-    if uses_gpu(options):
-        chosen = options.get("devices")
-        free += sum(
-            device.free_bytes
-            for device in devices()
-            # An integrated GPU shares the machine's memory.
-            if device.kind == "gpu" and (not isinstance(chosen, list | tuple) or device.name in chosen)
-        )
-    return free
+    of_gpus = sum(device.free_bytes for device in layer_devices(options) if not _shares_memory(device))
+    return available_memory() + of_gpus
+
+
+def _shares_memory(device: llama_ffi.Device) -> bool:
+    """Return whether a device uses the machine's memory: an integrated GPU, or that of an Apple processor."""
+    return device.kind == "igpu" or device.name.startswith("MTL")
+
+
+def _room(header: ModelHeader, options: Mapping[str, object]) -> int | None:
+    """Return the free memory that bounds the context of a model; None if it is unknown.
+
+    If GPUs hold all layers, the KV is in their memory, too, and the machine's memory does not help.
+    """
+    from erllama.engine.backends.memory_estimate import layer_devices
+
+    devices, machine = layer_devices(options), available_memory()
+    if not devices:
+        return machine
+    if not header.is_on_devices(options) or any(
+        not device.total_bytes and not _shares_memory(device) for device in devices
+    ):
+        return None
+    sizes = [
+        min(machine, device.free_bytes or machine) if _shares_memory(device) else device.free_bytes
+        for device in devices
+    ]
+    shares = cast("Sequence[float] | None", options.get("tensor_split"))
+    if shares is None:  # libllama divides the layers by free memory
+        return sum(sizes)
+    return int(min(size * sum(shares) / share for size, share in zip(sizes, shares, strict=True) if share))
 
 
 def check_fits(path: Path, options: Mapping[str, object]) -> None:
-    """Check that a model fits the free memory. Does nothing if RPC servers hold a part of it.
+    """Check that a model can fit the free memory. Does nothing if RPC servers hold a part of it.
 
-    A file that cannot be read passes: the load reports what is wrong with it.
+    Mapped weights do not count: the kernel drops them, and reads them again when they are needed. A file that
+    cannot be read passes: the load reports what is wrong with it.
 
     Raises:
         MemoryLimitExceeded: it does not fit. The message has the figures and two ways out.
@@ -136,8 +168,8 @@ def check_fits(path: Path, options: Mapping[str, object]) -> None:
         return
     free = free_memory(options)
     needed = header.estimate(options)
-    if needed.total > free:
-        raise _refused(path, header, options, needed, free)
+    if needed.least > free:
+        raise _refused(path, header, options, needed, free, is_check=True)
 
 
 def fitting_n_ctx(path: Path, options: Mapping[str, object], limit: int | None = None) -> int:
@@ -151,22 +183,28 @@ def fitting_n_ctx(path: Path, options: Mapping[str, object], limit: int | None =
 
     Raises:
         MemoryLimitExceeded: no context fits.
-        OptionError: RPC servers hold a part of the model, whose free memory is unknown.
+        OptionError: RPC servers hold a part of the model, whose free memory is unknown, or GPUs hold some of the
+            layers only, or do not report their memory.
         ModelLoadError: the file is missing, or is not GGUF.
     """
     if options.get("rpc_servers"):
         raise OptionError('n_ctx="fit" with rpc_servers, whose free memory is unknown; pass a number of tokens')
-    free = free_memory(options)
-    return _checked_fit(path, _header(path), options, free if limit is None else min(free, int(limit / USABLE)))
+    header = _header(path)
+    return _checked_fit(path, header, options, _room(header, options), limit)
 
 
-def largest_n_ctx(header: ModelHeader, options: Mapping[str, object], limit: int) -> int:
-    """Return the largest context, in tokens, with which a model needs at most `limit` bytes; 0 if none does."""
+def largest_n_ctx(header: ModelHeader, options: Mapping[str, object], limit: int, *, is_check: bool = False) -> int:
+    """Return the largest context, in tokens, with which a model needs at most `limit` bytes; 0 if none does.
+
+    Args:
+        is_check: compare what must be free, as `check_fits` does.
+    """
     most = -(-min(header.n_ctx_train or _LARGEST_N_CTX, _LARGEST_N_CTX) // _STEP)
     low, high = 0, most  # in steps: `low` fits, and all above `high` do not
     while low < high:
         middle = (low + high + 1) // 2
-        if header.estimate({**options, "n_ctx": middle * _STEP}).total <= limit:
+        needed = header.estimate({**options, "n_ctx": middle * _STEP})
+        if (needed.least if is_check else needed.total) <= limit:
             low = middle
         else:
             high = middle - 1
@@ -188,11 +226,19 @@ def _header(path: Path) -> ModelHeader:
     return ModelHeader(path)
 
 
-def _checked_fit(path: Path, header: ModelHeader, options: Mapping[str, object], free: int) -> int:
-    found = largest_n_ctx(header, options, int(USABLE * free))
+def _checked_fit(
+    path: Path, header: ModelHeader, options: Mapping[str, object], room: int | None, limit: int | None = None
+) -> int:
+    if room is None:
+        raise OptionError(
+            'n_ctx="fit" with a part of the layers on GPUs, or with GPUs that do not report their memory, so that '
+            "what fits is unknown; pass a number of tokens"
+        )
+    usable = int(USABLE * room) if limit is None else min(int(USABLE * room), limit)
+    found = largest_n_ctx(header, options, usable)
     if not found:
         smallest = {**options, "n_ctx": _STEP}
-        raise _refused(path, header, smallest, header.estimate(smallest), int(USABLE * free))
+        raise _refused(path, header, smallest, header.estimate(smallest), usable, is_check=False)
     return found
 
 
@@ -208,18 +254,25 @@ def _with_type(options: Mapping[str, object], kind: str, asked: str) -> dict[str
 
 
 def _refused(
-    path: Path, header: ModelHeader, options: Mapping[str, object], needed: MemoryEstimate, free: int
+    path: Path,
+    header: ModelHeader,
+    options: Mapping[str, object],
+    needed: MemoryEstimate,
+    free: int,
+    *,
+    is_check: bool,
 ) -> MemoryLimitExceeded:
     """Return the error for a model that does not fit, with ways out that do."""
     from erllama.engine.backends.memory_estimate import KV_BYTES
 
     ways = []
-    if smaller := largest_n_ctx(header, options, int(USABLE * free)):
+    limit = int(USABLE * free)
+    if smaller := largest_n_ctx(header, options, limit, is_check=is_check):
         ways.append(f"n_ctx={smaller}, which fits")
     asked = str(options.get("kv_type_k", "f16"))
     for kind in _usable_types(header, options):
         if KV_BYTES[kind] < KV_BYTES.get(asked, 4.0) and needed.kv:
-            at_most = largest_n_ctx(header, _with_type(options, kind, asked), int(USABLE * free))
+            at_most = largest_n_ctx(header, _with_type(options, kind, asked), limit, is_check=is_check)
             if at_most > smaller:
                 n_ctx = min(at_most, needed.n_ctx)
                 ways.append(f'kv_type_k="{kind}" and kv_type_v="{kind}" with n_ctx={n_ctx}')
@@ -227,11 +280,14 @@ def _refused(
     if not ways:
         ways.append("a smaller model, or one with a smaller quantization")
     ways.append("free memory by ending other programs")
+    n_bytes = needed.least if is_check else needed.total
+    must_be_free = f", of which {format_size(n_bytes)} must be free" if n_bytes < needed.total else ""
+    skip = "check_memory=False loads it without this check" if is_check else "Or pass a number of tokens for n_ctx"
     message = (
-        f"{path.name} needs about {describe_estimate(needed)}, and {format_size(free)} are free; use "
-        f"{', or '.join(ways)}. check_memory=False loads it without this check"
+        f"{path.name} needs about {describe_estimate(needed)}{must_be_free}, and {format_size(free)} are free; use "
+        f"{', or '.join(ways)}. {skip}"
     )
-    return MemoryLimitExceeded(message, needed.total, free)
+    return MemoryLimitExceeded(message, n_bytes, free)
 
 
 def checked_n_ctx(n_ctx: object) -> int | None:

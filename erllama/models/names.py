@@ -115,7 +115,7 @@ def model_path(model: str | Path, directories: Iterable[str | Path] = (), *, bas
         path = (base or Path()) / Path(model).expanduser()
     except RuntimeError as error:
         raise OptionError(f"path={shown(model)}: {error}") from None
-    if isinstance(model, Path) or is_path(model) or _exists(path):
+    if isinstance(model, Path) or is_path(model) or _is_file(path):
         return path
     return find_model(model, directories).path
 
@@ -125,9 +125,9 @@ def is_path(text: str) -> bool:
     return text.startswith(_PATH_MARKS) or text.lower().endswith(".gguf") or "\0" in text
 
 
-def _exists(path: Path) -> bool:
+def _is_file(path: Path) -> bool:
     try:
-        return path.exists()
+        return path.is_file()
     except (OSError, ValueError):  # a text that cannot be a path, such as a very long one
         return False
 

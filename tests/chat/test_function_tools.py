@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, TypedDict
 
 import pytest
@@ -178,6 +178,116 @@ def test_a_streamed_run_yields_the_events_and_the_results() -> None:
             stream.cancel()
             assert stream.result().reply.finish_reason == "cancelled"
         assert stream.result().results == ()
+
+
+TWO_CALLS = CALL + CALL.replace("Oslo", "Rome")
+
+
+@pytest.mark.parametrize("cancel_at", ["done", "first call", "first result"])
+def test_a_cancelled_run_calls_no_further_function(cancel_at: str) -> None:
+    cities: list[str] = []
+
+    def get_time(city: str) -> str:
+        cities.append(city)
+        if cancel_at == "first call":
+            stream.cancel()
+        return "noon"
+
+    with model_replying(TWO_CALLS, "Noon.") as model:
+        stream = model.stream_run_tools([user("time?")], [get_time])
+        for event in stream:
+            if cancel_at == ("done" if isinstance(event, erllama.Done) else "first result") and (
+                isinstance(event, erllama.Done | erllama.ToolResult)
+            ):
+                stream.cancel()
+        run = stream.result()
+        assert cities == ([] if cancel_at == "done" else ["Oslo"])
+        assert (run.turns, len(run.reply.tool_calls), len(run.results)) == (1, 2, len(cities))
+
+
+def test_a_run_cancelled_after_the_last_call_sends_no_request() -> None:
+    with model_replying(CALL, "Noon.") as model:
+        stream = model.stream_run_tools([user("time?")], [get_time])
+        for event in stream:
+            if isinstance(event, erllama.ToolResult):
+                stream.cancel()
+        assert (stream.result().turns, len(stream.result().results)) == (1, 1)
+
+
+def test_a_cancellation_while_a_request_is_sent_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with model_replying(CALL, "Noon.") as model:
+        stream_chat = erllama.Model.stream_chat
+
+        def cancelled_meanwhile(self: erllama.Model, messages: Any, **options: Any) -> Any:  # noqa: ANN401
+            new = stream_chat(self, messages, **options)
+            if len(messages) > 1:
+                stream.cancel()
+            return new
+
+        monkeypatch.setattr(erllama.Model, "stream_chat", cancelled_meanwhile)
+        stream = model.stream_run_tools([user("time?")], [get_time])
+        assert [event for event in stream if isinstance(event, erllama.ToolResult)]
+        assert stream._stream._ticket.cancelled
+
+
+def test_a_cancelled_run_in_asyncio_has_a_result() -> None:
+    cities: list[str] = []
+
+    async def get_time(city: str) -> str:
+        cities.append(city)
+        return "noon"
+
+    async def cancel_early(model: erllama.Model) -> None:
+        stream = model.astream_run_tools([user("time?")], [get_time])
+        stream.cancel()
+        run = await stream.result()
+        assert (run.reply.finish_reason, run.results) == ("cancelled", ())
+
+    async def cancel_at(model: erllama.Model, kind: type, n_called: int) -> None:
+        cities.clear()
+        stream = model.astream_run_tools([user("time?")], [get_time])
+        async for event in stream:
+            if isinstance(event, kind):
+                stream.cancel()
+        run = await stream.result()
+        assert (len(cities), run.turns, len(run.results)) == (n_called, 1, n_called)
+
+    async def lost(model: erllama.Model) -> None:
+        stream = model.astream_run_tools([user("time?")], [get_time], max_tokens=-1)
+        with pytest.raises(erllama.OptionError):
+            await stream.result()
+        with pytest.raises(erllama.Error, match="ended before its first reply did"):
+            await stream.result()
+
+    with model_replying(TWO_CALLS, "Noon.") as model:
+        asyncio.run(cancel_early(model))
+        asyncio.run(cancel_at(model, erllama.Done, 0))
+        asyncio.run(cancel_at(model, erllama.ToolResult, 1))
+        asyncio.run(lost(model))
+
+
+class Clock:
+    """The time in a city."""
+
+    __name__ = "get_time"
+
+    async def __call__(self, city: str) -> str:
+        return f"noon in {city}"
+
+
+def test_objects_and_functions_that_return_awaitables_are_awaited() -> None:
+    def get_time(city: str) -> Awaitable[str]:
+        return Clock()(city)
+
+    async def both(model: erllama.Model) -> None:
+        for tool in (Clock(), get_time):
+            run = await model.arun_tools([user("time?")], [tool])
+            assert run.results[0].value == "noon in Oslo"
+
+    with model_replying(CALL, "Noon.") as model:
+        asyncio.run(both(model))
+        with pytest.raises(erllama.OptionError, match="get_time is a coroutine function; use arun_tools"):
+            model.run_tools([user("time?")], [Clock()])
 
 
 def test_a_run_in_asyncio_awaits_coroutine_functions() -> None:

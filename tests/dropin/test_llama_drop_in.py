@@ -15,7 +15,7 @@ import pytest
 
 import erllama
 from erllama.llama_cpp import Llama, LlamaDiskCache, LlamaGrammar, LlamaRAMCache, LogitsProcessorList
-from erllama.llama_cpp.chats import ChatRun, clean_messages
+from erllama.llama_cpp.chats import ChatRun, clean_messages, format_schema
 from erllama.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from erllama.llama_cpp.tool_prompting import needs_tool_prompt, with_tool_prompt
 from erllama.testing.scripted import write_scripted
@@ -174,8 +174,10 @@ def test_a_response_format_constrains_a_chat(llama: Llama) -> None:
         {"type": "json_object", "schema": strict},
         {"type": "json_schema", "json_schema": {"schema": strict}},
     ):
+        assert format_schema(format) == strict
         result: Any = llama.create_chat_completion([user("a")], response_format=format, max_tokens=60)
         assert "".join(result["choices"][0]["message"]["content"].split()).startswith('{"ok":true')
+    assert format_schema({"type": "json_object", "schema": None}) == {"type": "object"}, "as pydantic dumps it"
     with pytest.raises(ValueError, match="json_object"):
         llama.create_chat_completion([user("a")], response_format={"type": "json"})
 
@@ -196,6 +198,8 @@ def test_tool_calls_are_in_the_message_and_in_the_stream() -> None:
         deltas: list[Any] = [chunk["choices"][0] for chunk in run.chunks()]
         calls = [call for each in deltas for call in each["delta"].get("tool_calls", [])]
         assert [(call["index"], call["function"]) for call in calls] == [(0, function)]
+        older = [each["delta"]["function_call"] for each in deltas if "function_call" in each["delta"]]
+        assert older == [function], "the form of `functions`"
         assert deltas[-1]["finish_reason"] == "tool_calls"
 
 
@@ -324,6 +328,28 @@ def test_set_cache_shares_prompts_between_models(tiny_gguf: Path, tmp_path: Path
         with pytest.raises(erllama.Unsupported, match="set_cache is enough"):
             cache[(1, 2)] = None
         cache.close()
+
+
+def test_a_cache_that_cannot_be_used_leaves_the_model_loaded(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = llama("Once", max_tokens=3, temperature=0)["choices"][0]["text"]
+    working = LlamaRAMCache()
+    llama.set_cache(working)
+    broken = LlamaRAMCache()
+
+    def load(path: Path, *, cache: erllama.Cache, **options: Any) -> erllama.Model:  # noqa: ANN401
+        if cache is broken.cache:
+            raise erllama.CacheError("the cache cannot be used")
+        return erllama.load_model(path, cache=cache, **options)
+
+    monkeypatch.setattr("erllama.llama_cpp.llama.load_model", load)
+    with pytest.raises(erllama.CacheError, match="cannot be used"):
+        llama.set_cache(broken)
+    assert llama.cache is working
+    assert llama("Once", max_tokens=3, temperature=0)["choices"][0]["text"] == text
+    assert llama.erllama_model.cache is working.cache
+    llama.close()
+    working.close()
+    broken.close()
 
 
 def test_a_llama_that_is_dropped_unloads_without_a_warning(tiny_gguf: Path) -> None:

@@ -86,6 +86,15 @@ def test_options_become_those_of_load_model(tiny_gguf: Path, tmp_path: Path) -> 
         llama.close()
 
 
+def test_a_load_is_not_refused_for_its_memory(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-cpp-python lets the system decide, and `Llama` has no option for the check."""
+    monkeypatch.setattr("erllama.models.fit.available_memory", lambda: 0)
+    with erllama.Cache() as cache:
+        llama = Llama(tiny_gguf, n_ctx=256, n_threads=1, cache=cache)
+        assert llama.n_ctx() == 256
+        llama.close()
+
+
 def test_n_ctx_0_is_the_training_context(tiny_gguf: Path) -> None:
     with erllama.Cache() as cache, erllama.load_model(tiny_gguf, vocab_only=True, cache=cache) as model:
         n_ctx_train = model.info.n_ctx_train

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import BufferedRandom, FileIO
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -15,6 +18,7 @@ from huggingface_hub import constants
 
 import erllama
 from erllama.models import find_model, local_models, pull
+from erllama.models.download import transfer
 from erllama.models.download.hub import pull_from_hub
 from erllama.testing.models import write_llama
 from support.hub_server import HubServer, serve_hub
@@ -180,6 +184,84 @@ def test_a_second_process_does_not_write_the_same_file(hub: HubServer, cache: Pa
 
     assert pull("hf:org/repo", on_progress=pull_again).read_bytes() == CONTENT
     assert "another process downloads" in str(errors[0])
+
+
+class FullDisk(FileIO):
+    """A file on a disk that takes a part of the first write, and no more."""
+
+    n_free = 1000
+
+    def write(self, data: Any) -> int:  # noqa: ANN401
+        if not self.n_free:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = super().write(memoryview(data)[: self.n_free])
+        self.n_free -= written
+        return written
+
+
+def test_a_full_disk_is_an_error_of_the_download(
+    hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another kind than OSError; what was written stays, and the download continues there."""
+    original = Path.open
+
+    def full(self: Path, mode: str = "r", *args: Any, **options: Any) -> Any:  # noqa: ANN401
+        if self.name.endswith(".incomplete"):
+            file = FullDisk(self, "ab+")
+            return file if options.get("buffering") == 0 else BufferedRandom(file)
+        return original(self, mode, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(erllama.DownloadError, match=r"the disk is full; .* continues once there is space"):
+            pull("hf:org/repo")
+    (partial,) = (cache / "blobs").iterdir()
+    assert partial.stat().st_size == 1000
+    hub.requests.clear()
+    assert pull("hf:org/repo").read_bytes() == CONTENT
+    assert file_requests(hub) == ["bytes=1000-"]
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_of_the_download(
+    hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(self: Path, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(erllama.DownloadError, match="Read-only file system; make the directory writable"):
+        pull("hf:org/repo")
+
+
+def test_a_partial_file_that_goes_away_is_opened_again(
+    hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may find it damaged and delete it, between its opening here and its locking."""
+    lock, deleted = transfer.fcntl.flock, []
+
+    def delete_first(file: FileIO, operation: int) -> None:
+        if not deleted:
+            deleted.append(Path(str(file.name)))
+            deleted[0].unlink()
+        lock(file, operation)
+
+    monkeypatch.setattr(transfer.fcntl, "flock", delete_first)
+    assert pull("hf:org/repo").read_bytes() == CONTENT
+    assert len(deleted) == 1
+
+
+def test_without_links_a_model_is_not_downloaded_again(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(self: Path, target: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    path = pull("hf:org/repo")
+    assert not path.is_symlink()
+    hub.requests.clear()
+    assert pull("hf:org/repo") == path
+    assert file_requests(hub) == []
+    path.write_bytes(CONTENT[:-1] + b"?")
+    assert pull("hf:org/repo").read_bytes() == CONTENT, "a damaged one is"
 
 
 def test_all_parts_of_a_split_model_are_downloaded(hub: HubServer) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import erllama
 from erllama.engine.backends.llama_library import llama_ffi
-from erllama.engine.backends.memory_estimate import estimate_memory
+from erllama.engine.backends.memory_estimate import ModelHeader, estimate_memory
 from erllama.engine.backends.repacked_weights import weight_sizes
 from erllama.testing.bert import write_bert
 from erllama.testing.models import SMALL, LlamaShape, write_gemma3, write_lfm2, write_llama, write_mamba
@@ -101,6 +101,61 @@ def test_a_model_that_only_encodes_has_no_kv(tmp_path: Path) -> None:
     buffers, _ = reported(path, {})
     assert (estimate.kv, estimate.state) == (0, 0)
     assert estimate.allocated == pytest.approx(buffers.total(), abs=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stated", "window", "n_whole"),
+    [
+        ("llama4", None, 8192, 3),
+        ("llama4", 0, 0, 12),
+        ("exaone-moe", None, 128, 3),
+        ("plamo3", 512, 512, 1),
+        ("phi3", 512, 512, 12),
+        ("llama", None, 0, 12),
+    ],
+)
+def test_windows_are_those_of_the_architecture(
+    tmp_path: Path, architecture: str, stated: int | None, window: int, n_whole: int
+) -> None:
+    n_ctx, n_ubatch = 1 << 16, 512
+    header = as_architecture(write_llama(tmp_path / "model.gguf", SMALL), architecture)
+    if stated is not None:
+        header.metadata = {**header.metadata, f"{architecture}.attention.sliding_window": stated}
+    estimate = header.estimate({"n_ctx": n_ctx, "n_seq_max": 1})
+    in_window = -(-(2 * window + n_ubatch) // 256) * 256  # of a request, and of the sequence that moves blocks
+    cells = n_whole * n_ctx + (12 - n_whole) * in_window
+    assert estimate.kv == cells * 4 * 64 * 2 * 2, "KV heads, their width, keys and values, bytes"
+
+
+def test_windows_of_unknown_layers_need_no_free_memory(tmp_path: Path) -> None:
+    """Without a pattern, all layers count as seeing the whole context, but a load is not refused for it."""
+    header = as_architecture(write_llama(tmp_path / "model.gguf", SMALL), "new")
+    options = {"n_ctx": 1 << 16, "mmap": False}
+    plain = header.estimate(options)
+    header.metadata = {**header.metadata, "new.attention.sliding_window": 512}
+    found = header.estimate(options)
+    assert found.kv == plain.kv
+    assert plain.spare == 0
+    assert found.spare > 0.9 * found.kv
+
+
+def test_latent_attention_has_no_values(tmp_path: Path) -> None:
+    header = as_architecture(write_llama(tmp_path / "model.gguf", SMALL), "deepseek2")
+    with_values = header.estimate({}).kv
+    header.metadata = {
+        **header.metadata,
+        "deepseek2.attention.key_length_mla": 32,
+        "deepseek2.attention.value_length_mla": 32,
+    }
+    assert header.estimate({}).kv == with_values // 2
+
+
+def as_architecture(path: Path, architecture: str) -> ModelHeader:
+    """Return the header of a llama model as that of another architecture."""
+    header = ModelHeader(path)
+    renamed = {key.replace("llama.", f"{architecture}."): value for key, value in header.metadata.items()}
+    header.metadata = {**renamed, "general.architecture": architecture}
+    return header
 
 
 def test_overrides_count(tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def test_a_path_always_wins(tmp_path: Path) -> None:
     (tmp_path / "tiny").write_bytes(GGUF)
     assert model_path("tiny") == Path("tiny")
     assert model_path(Path("no such file")) == Path("no such file"), "a Path is never a name"
+    (tmp_path / "smollm2-135m-q4_1").mkdir()
+    assert model_path("smollm2-135m-q4_1").is_file(), "a directory is no model, and hides none"
     for text in ("tiny.gguf", "./tiny-2", "../tiny-2", "/tiny-2", "~/tiny-2"):
         assert model_path(text) == Path(text).expanduser()
 

@@ -13,10 +13,11 @@ from typing import Any, cast
 
 from erllama._model.requests.chat_streams import AsyncChatStream, ChatStream
 from erllama._types import Messages
-from erllama.chat.functions import FunctionTools, ToolResult, raised, returned
+from erllama.chat.functions import FunctionTools, ToolResult, is_async, raised, returned
 from erllama.chat.results import ChatCompletion
 from erllama.checks import integer
 from erllama.engine import Done, Event, ToolCall
+from erllama.errors import Error
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class ToolRun:
     """A conversation in which the model called functions.
 
     Attributes:
-        reply: the last reply. It has tool calls only if `max_turns` was reached.
+        reply: the last reply. It has tool calls only if `max_turns` was reached, or the run was cancelled.
         messages: the conversation with all replies and results, for the next question.
         results: the results of all calls, in order.
         turns: number of replies.
@@ -64,7 +65,8 @@ class _Conversation:
         self.messages.append(result.message)
 
     def result(self) -> ToolRun:
-        assert self._reply is not None
+        if self._reply is None:
+            raise Error("the run ended before its first reply did, so that it has no result; run it again")
         return ToolRun(self._reply, tuple(self.messages), tuple(self._results), self._turns)
 
 
@@ -115,13 +117,23 @@ class ToolStream:
         while True:
             yield from self._stream
             reply = self._stream.result()
-            if not conversation.add_reply(reply) or self._cancelled:
+            if not conversation.add_reply(reply):
                 return
             for call in reply.tool_calls:
+                if self._cancelled:
+                    return
                 result = conversation.functions.call(call)
                 conversation.add_result(result)
                 yield result
-            self._stream = self._stream_chat(conversation.messages, **conversation.options)
+            if self._cancelled:
+                return
+            self._submit()
+
+    def _submit(self) -> None:
+        """Send the next request. Cancel it if another thread has cancelled the previous one in between."""
+        self._stream = self._stream_chat(self._conversation.messages, **self._conversation.options)
+        if self._cancelled:
+            self._stream.cancel()
 
     def __iter__(self) -> Iterator[Event | ToolResult]:
         return self
@@ -130,7 +142,10 @@ class ToolStream:
         return next(self._events)
 
     def cancel(self) -> None:
-        """End the present reply at its next token, and the run with it. Idempotent. Safe from any thread."""
+        """End the present reply at its next token, and the run with it: no further function is called.
+
+        Idempotent. Safe from any thread.
+        """
         self._cancelled = True
         self._stream.cancel()
 
@@ -168,12 +183,14 @@ async def run_async(
 
 
 async def _call_async(functions: FunctionTools, call: ToolCall) -> ToolResult:
-    """Await a coroutine function, or call another function in a thread."""
+    """Await a coroutine function, or call another function in a thread and await what it returns, if it can be."""
     function = functions.function(call)
-    if not inspect.iscoroutinefunction(function):
-        return await asyncio.to_thread(functions.call, call)
     try:
-        return returned(call, await function(**call.arguments))
+        if is_async(function):
+            value = function(**call.arguments)
+        else:
+            value = await asyncio.to_thread(function, **call.arguments)
+        return returned(call, await value if inspect.isawaitable(value) else value)
     except Exception as error:  # any exception goes to the model
         return raised(call, error)
 
@@ -197,8 +214,10 @@ class AsyncToolStream:
 
     async def _run(self) -> AsyncIterator[Event | ToolResult]:
         conversation = self._conversation
-        while not self._cancelled:
+        while True:
             self._stream = self._astream_chat(conversation.messages, **conversation.options)
+            if self._cancelled:  # before the first read
+                self._stream.cancel()
             reply: ChatCompletion | None = None
             async for event in self._stream:
                 if isinstance(event, Done):
@@ -208,9 +227,13 @@ class AsyncToolStream:
             if not conversation.add_reply(reply):
                 return
             for call in reply.tool_calls:
+                if self._cancelled:
+                    return
                 result = await _call_async(conversation.functions, call)
                 conversation.add_result(result)
                 yield result
+            if self._cancelled:
+                return
 
     def __aiter__(self) -> AsyncIterator[Event | ToolResult]:
         return self
@@ -219,7 +242,10 @@ class AsyncToolStream:
         return await anext(self._events)
 
     def cancel(self) -> None:
-        """End the present reply at the next token, and the run with it. Idempotent."""
+        """End the present reply at the next token, and the run with it: no further function is called.
+
+        Idempotent.
+        """
         self._cancelled = True
         if self._stream is not None:
             self._stream.cancel()

@@ -62,15 +62,23 @@ def _fields(found: Fit) -> list[tuple[str, str]]:
         ("needed", format_size(needed.total)),
         ("free", format_size(found.free)),
     ]
+    if needed.spare:
+        fields.insert(-1, ("of which must be free", format_size(needed.least)))
+    if not found.largest_n_ctx:
+        fields.append(("largest context", "unknown: GPUs hold some of the layers, or do not report their memory"))
     for kind, n_ctx in found.largest_n_ctx.items():
         fields.append((f"largest context with {kind}", f"{n_ctx:,} tokens" if n_ctx else "none fits"))
     return fields
 
 
 def _verdict(found: Fit) -> str:
+    if found.fits and found.estimate.total > found.free:
+        return "It can be loaded, but its weights do not all stay in memory: parts are read again from the disk."
     if found.fits:
         return f"It fits. The model was trained with a context of {found.n_ctx_train:,} tokens."
     ways = [f"--n-ctx {n_ctx} with KV of {kind}" for kind, n_ctx in found.largest_n_ctx.items() if n_ctx]
+    if not found.largest_n_ctx:
+        return "It does not fit. Try a smaller --n-ctx."
     return (
         f"It does not fit. {'These fit: ' + '; '.join(ways) if ways else 'No context fits: use a smaller model'}."
     )
@@ -87,6 +95,7 @@ def _plain(found: Fit) -> dict[str, object]:
         "state_bytes": needed.state,
         "compute_bytes": needed.compute,
         "needed_bytes": needed.total,
+        "least_bytes": needed.least,
         "free_bytes": found.free,
         "n_ctx_train": found.n_ctx_train,
         "largest_n_ctx": dict(found.largest_n_ctx),

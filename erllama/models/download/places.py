@@ -29,7 +29,10 @@ class CachePlace:
 
     def target(self, file: HubFile) -> Path:
         """Return where the content of a file belongs."""
-        return self._folder / "blobs" / file.digest
+        pointer = self._pointer(file)
+        # In a cache without links, the content is at its name.
+        is_content = pointer.is_file() and not pointer.is_symlink()
+        return pointer if is_content else self._folder / "blobs" / file.digest
 
     def remove_damaged(self, target: Path) -> None:
         """Remove content with the wrong digest, if there is any."""
@@ -37,9 +40,12 @@ class CachePlace:
 
     def link(self, file: HubFile) -> Path:
         """Give the content its name, and return its path."""
-        pointer = self._snapshot / PurePosixPath(file.name)
+        pointer = self._pointer(file)
         _link(pointer, self.target(file))
         return pointer
+
+    def _pointer(self, file: HubFile) -> Path:
+        return self._snapshot / PurePosixPath(file.name)
 
 
 class DirectoryPlace:
@@ -68,7 +74,7 @@ def snapshot(folder: Path, revision: str | None) -> Path | None:
 
 def write_reference(folder: Path, revision: str, commit: str) -> None:
     """Write which commit a branch or a tag of the cache is."""
-    if is_inside(revision):
+    if is_inside(revision) and _read_reference(folder, revision) != commit:
         path = folder / "refs" / revision
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(commit, encoding="ascii")

@@ -13,10 +13,11 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from erllama.cache.sizes import format_size
 from erllama.errors import DownloadError
@@ -59,50 +60,81 @@ def get_file(source: Source, target: Path, partial: Path, n_bytes: int, digest: 
         on_progress: called with the bytes that exist, and may raise to end the transfer.
 
     Raises:
-        DownloadError: the connection fails again and again, the disk is full, another process gets the same file,
-            or the digest is wrong.
-        OSError: the directory cannot be written.
+        DownloadError: the connection fails again and again, the disk is full, the directory cannot be written,
+            another process gets the same file, or the digest is wrong.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("ab+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            raise DownloadError(f"another process downloads {target.name}; wait until it has ended") from None
-        if not partial.exists():  # another process has got it in between
-            return
-        if has_digest(target, n_bytes, digest):
-            partial.unlink()
-            return
-        _check_space(partial.parent, n_bytes - _size(file), target.name)
-        _Transfer(source, file, target.name, n_bytes, on_progress).run()
-        file.flush()
-        file.seek(0)
-        if (found := _digest(file, n_bytes, digest)) != digest:
-            partial.unlink(missing_ok=True)
-            kind = "sha1" if _is_of_git(digest) else "sha256"
-            raise DownloadError(
-                f"{target.name} has {kind} {found}, expected {digest}; it is deleted. Download it again"
-            )
-        file.flush()
-        os.fsync(file.fileno())
-        partial.replace(target)
+    with _disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    while not _is_got(source, target, partial, n_bytes, digest, on_progress):
+        pass
+
+
+def _is_got(source: Source, target: Path, partial: Path, n_bytes: int, digest: str, on_progress: Progress) -> bool:
+    """Get a file; return False if the partial file was renamed or deleted before it was locked."""
+    with _disk_errors(target):
+        file = partial.open("ab+", buffering=0)
+    with file:
+        with _disk_errors(target):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                raise DownloadError(f"another process downloads {target.name}; wait until it has ended") from None
+            if not _is_at(partial, file):
+                return target.exists()  # another process has got it in between
+            if has_digest(target, n_bytes, digest):
+                partial.unlink()
+                return True
+            _check_space(partial.parent, n_bytes - _size(file), target.name)
+        _Transfer(source, file, target, n_bytes, on_progress).run()
+        with _disk_errors(target):
+            file.seek(0)
+            if (found := _digest(file, n_bytes, digest)) != digest:
+                partial.unlink(missing_ok=True)
+                kind = "sha1" if _is_of_git(digest) else "sha256"
+                raise DownloadError(
+                    f"{target.name} has {kind} {found}, expected {digest}; it is deleted. Download it again"
+                )
+            os.fsync(file.fileno())
+            partial.replace(target)
+    return True
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Turn errors of the file system into a `DownloadError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DownloadError(f"the disk is full; {target.name} continues once there is space") from None
+        raise DownloadError(
+            f"{target.name} cannot be written to {target.parent}: {error.strerror or error}; make the directory "
+            "writable, or choose another one with HF_HUB_CACHE"
+        ) from None
+
+
+def _is_at(path: Path, file: FileIO) -> bool:
+    """Return whether an open file still has its name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 class _Transfer:
     """The attempts to complete one partial file."""
 
-    def __init__(self, source: Source, file: IO[bytes], name: str, n_bytes: int, on_progress: Progress) -> None:
-        self._source, self._file, self._name = source, file, name
+    def __init__(self, source: Source, file: FileIO, target: Path, n_bytes: int, on_progress: Progress) -> None:
+        self._source, self._file, self._target = source, file, target
         self._n_bytes, self._on_progress = n_bytes, on_progress
 
     def run(self) -> None:
         """Attempt until the file has all its bytes."""
         if _size(self._file) > self._n_bytes:  # of another version, or of a server that sent too much
-            self._file.truncate(0)
+            self._truncate()
         failures = 0
         while (size := _size(self._file)) < self._n_bytes:
             self._on_progress(size)
@@ -111,14 +143,10 @@ class _Transfer:
                 problem = "the server ended the connection early"
             except TransferError as error:
                 problem = str(error)
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise DownloadError(f"the disk is full; {self._name} continues once there is space") from None
-                raise
             failures = 0 if _size(self._file) > size else failures + 1
             if failures >= _ATTEMPTS:
                 raise DownloadError(
-                    f"{self._name} cannot be downloaded: {problem}. {format_size(size)} of "
+                    f"{self._target.name} cannot be downloaded: {problem}. {format_size(size)} of "
                     f"{format_size(self._n_bytes)} are kept; the next attempt continues there"
                 )
             if failures:
@@ -129,18 +157,28 @@ class _Transfer:
         """Append what one response brings."""
         with self._source.open(size) as (status, next_piece):
             if status == 416 or (status == 200 and size):  # the server cannot continue: begin again
-                self._file.truncate(0)
+                self._truncate()
                 size = 0
                 if status == 416:
                     return
             while piece := next_piece():
                 if size + len(piece) > self._n_bytes:
-                    self._file.truncate(0)
+                    self._truncate()
                     raise TransferError(f"the server sends more than {self._n_bytes} bytes")
-                self._file.write(piece)
-                self._file.flush()  # so that a process that is killed leaves them
+                self._write(piece)
                 size += len(piece)
                 self._on_progress(size)
+
+    def _write(self, piece: bytes) -> None:
+        """Append bytes without a buffer, so that a process that is killed leaves them."""
+        rest = memoryview(piece)
+        with _disk_errors(self._target):
+            while rest:
+                rest = rest[self._file.write(rest) :]  # which may write a part, for example before the disk is full
+
+    def _truncate(self) -> None:
+        with _disk_errors(self._target):
+            self._file.truncate(0)
 
 
 def file_digest(path: Path) -> str:
@@ -157,7 +195,7 @@ def has_digest(path: Path, n_bytes: int, digest: str) -> bool:
         return _digest(file, n_bytes, digest) == digest
 
 
-def _digest(file: IO[bytes], n_bytes: int, like: str) -> str:
+def _digest(file: FileIO | BufferedReader, n_bytes: int, like: str) -> str:
     """Return the digest of a file from its position on, of the kind that `like` is."""
     git_header = b"blob %d\0" % n_bytes
     digest = hashlib.sha1(git_header, usedforsecurity=False) if _is_of_git(like) else hashlib.sha256()
@@ -170,7 +208,7 @@ def _is_of_git(digest: str) -> bool:
     return len(digest) == 40
 
 
-def _size(file: IO[bytes]) -> int:
+def _size(file: FileIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
