@@ -28,8 +28,8 @@ from erllama.cache.remote.block_list import BlockList
 from erllama.cache.remote.daemon_threads import DaemonThreads
 from erllama.cache.remote.manifest import Entry, Event
 from erllama.cache.remote.manifest_log import ManifestLog
+from erllama.cache.remote.object_codec import NO_KEY, ObjectCodec
 from erllama.cache.remote.options import open_store
-from erllama.cache.remote.signatures import Signer
 from erllama.cache.remote.stores import Stored, do_nothing
 from erllama.cache.remote.tier import READS_PER_POLL, RemoteTier
 
@@ -112,7 +112,7 @@ def measure_outage(seconds: float) -> None:
 
 def manifest_bytes_per_block(n_blocks: int = 1024) -> float:
     """Return the bytes of a manifest per block of 256 random tokens, the worst case for its compression."""
-    signer = Signer(_some_keys())
+    codec = ObjectCodec(_some_keys())
     namespace = namespace_key({"model": "a"})
     dice = np.random.default_rng(0)
     entries = []
@@ -124,7 +124,7 @@ def manifest_bytes_per_block(n_blocks: int = 1024) -> float:
             Entry(Event.STORED, time.time_ns(), block.key, block, 1 << 22, dice.bytes(8), time.time_ns())
         )
         parent = block.key
-    return sum(map(len, manifest.encode(entries, signer))) / n_blocks
+    return sum(map(len, manifest.encode(entries, codec))) / n_blocks
 
 
 def _some_keys() -> SecretKeys:
@@ -186,12 +186,12 @@ class InPlace(DaemonThreads):
 def simulate(n_machines: int, minutes: int, kv_bytes_per_token: int) -> None:
     """Let machines exchange manifests, each with a new block and a poll every minute, and count the requests."""
     payload = kv_bytes_per_token * BLOCK_SIZE
-    signer, store, namespace = Signer(_some_keys()), CountingStore(), namespace_key({"model": "a"})
+    codec, store, namespace = ObjectCodec(_some_keys()), CountingStore(), namespace_key({"model": "a"})
     machines: list[tuple[BlockList, ManifestLog]] = []
     threads = InPlace(store)
     for _ in range(n_machines):
         blocks = BlockList()
-        log = ManifestLog(store, signer, blocks, threads, lambda name, n: None, lambda entries: None)
+        log = ManifestLog(store, codec, blocks, threads, lambda name, n: None, lambda entries: None)
         machines.append((blocks, log))
     dice, n_stored = np.random.default_rng(0), 0
     for minute in range(minutes):
@@ -201,7 +201,8 @@ def simulate(n_machines: int, minutes: int, kv_bytes_per_token: int) -> None:
         for blocks, log in machines:
             tokens = token_bytes(dice.integers(0, 128_000, BLOCK_SIZE))
             block = Block.following(namespace, namespace, 0, tokens, SaveReason.COLD)
-            entry, _ = blocks.store(block, payload, dice.bytes(8))
+            version = dice.bytes(8)
+            entry, _ = blocks.store(block, payload, version, codec.name(block, version, NO_KEY), NO_KEY)
             log.append(entry)
             n_stored += 1
             log.publish()

@@ -70,7 +70,7 @@ def check_options(options: Mapping[str, object]) -> list[Root]:
     if "block_size" in options:
         checked_block_size(options["block_size"])
     boolean("watch", options.get("watch", True))
-    checked_key_file(options.get("key_file"))
+    key_file = checked_key_file(options.get("key_file"))
     roots = [
         root
         for name in ("ram_file", "disk")
@@ -83,6 +83,7 @@ def check_options(options: Mapping[str, object]) -> list[Root]:
         options.get("remote_quota", DEFAULT_QUOTA),
         options.get("remote_lifetime"),
         read_only,
+        key_file,
     )
     if read_only:
         roots = as_read_only(roots, remote is not None)

@@ -94,12 +94,12 @@ class Cache:
             True for the user's cache directory; None for no disk. Several directories are one tier: pass a sequence
             of them, or a mapping to their quotas.
         disk_quota: budget of each such directory.
-        key_file: file of secret keys that encrypts the directories, `ram_file` included, and remembered texts; made
-            by `erllama cache new-key`. None for no encryption. Needs the extra `encryption`.
+        key_file: file of secret keys that encrypts the directories, `ram_file` included, remembered texts, and the
+            remote tier; made by `erllama cache new-key`. None for no encryption. Needs the extra `encryption`.
         remote: a bucket or a mounted directory that several machines share, as "s3://bucket/prefix", "gs://…", "az://…",
             "file:///directory" or a path. Buckets need the extra `remote`. It is the slowest tier.
-        remote_key_file: file of the keys that sign blocks there; see `erllama cache new-key`. Required with
-            `remote`.
+        remote_key_file: file of the keys that sign blocks there; see `erllama cache new-key`. None for `key_file`;
+            `remote` needs one of them.
         remote_quota: budget of all blocks there, those of other machines included.
         remote_lifetime: remove blocks there that were not used for so long, as "30d" or in seconds; None to
             keep them.
@@ -152,7 +152,7 @@ class Cache:
         self._watch = boolean("watch", watch)
         self._key_file = checked_key_file(key_file)
         self._remote = remote_options(
-            remote, remote_key_file, remote_quota, remote_lifetime, boolean("read_only", read_only)
+            remote, remote_key_file, remote_quota, remote_lifetime, boolean("read_only", read_only), self._key_file
         )
         if read_only:
             roots = as_read_only(roots, self._remote is not None)

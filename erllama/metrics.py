@@ -75,6 +75,7 @@ _CACHE_COUNTS = {
     "remote_bytes_read": "Bytes read from the remote tier.",
     "remote_signatures_refused": "Blocks of the remote tier without a right signature.",
     "remote_manifests_refused": "Manifests of the remote tier that are damaged or without a right signature.",
+    "remote_unknown_keys": "Manifests of the remote tier with content that is encrypted with keys of others.",
     "remote_uploads_lost": "Blocks that could not be uploaded.",
     "remote_expired": "Blocks of the remote tier removed after their lifetime.",
     "remote_outages": "Times that the remote tier stopped answering.",

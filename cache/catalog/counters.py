@@ -36,6 +36,7 @@ COUNTS = (
     "remote_bytes_read",
     "remote_signatures_refused",
     "remote_manifests_refused",
+    "remote_unknown_keys",
     "remote_uploads_lost",
     "remote_expired",
     "remote_outages",

@@ -1,7 +1,8 @@
 """The list of the blocks of a remote tier, as one machine knows it, and the changes that the cache has yet to see.
 
 Of two entries of a block, the later one counts. All machines that have read the same segments therefore have the
-same list, in whatever order they read them. Thread-safe; no call waits.
+same list, in whatever order they read them. A block whose key this machine lacks is hidden: it stays in the
+manifests, and counts as not stored. Thread-safe; no call waits.
 """
 
 from __future__ import annotations
@@ -30,26 +31,29 @@ class BlockList:
 
     def __len__(self) -> int:
         with self._lock:
-            return sum(entry.block is not None for entry in self._entries.values())
+            return sum(entry.readable for entry in self._entries.values())
 
     # --- this machine's own changes ----------------------------------------------------------------
 
-    def store(self, block: Block, n_bytes: int, version: bytes) -> tuple[Entry, Entry | None]:
-        """Record that this machine stores a block. Returns the new entry, and the old one if there is one."""
+    def store(
+        self, block: Block, n_bytes: int, version: bytes, object_name: str, key_id: bytes
+    ) -> tuple[Entry, Entry | None]:
+        """Record that this machine stores a block. Returns the new entry, and the old one if it can be read."""
         with self._lock:
             older = self._entries.get(block.key)
             at = self._next_time(older)
-            entry = Entry(Event.STORED, at, block.key, block, n_bytes, version, min(at, time.time_ns()))
+            used = min(at, time.time_ns())
+            entry = Entry(Event.STORED, at, block.key, block, n_bytes, version, used, key_id, object_name)
             self._entries[block.key] = entry
             self._used.pop(block.key, None)
             self._changed.discard(block.key)
-            return entry, older if older is not None and older.block is not None else None
+            return entry, older if older is not None and older.readable else None
 
     def remove(self, key: bytes) -> tuple[Entry, Entry] | None:
         """Record that this machine removes a block. Returns the new and the old entry; None if it is unknown."""
         with self._lock:
             older = self._entries.get(key)
-            if older is None or older.block is None:
+            if older is None or not older.readable:
                 return None
             entry = Entry(Event.REMOVED, self._next_time(older), key)
             self._entries[key] = entry
@@ -79,7 +83,7 @@ class BlockList:
         """
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None or entry.block is None or at <= (before := self._last_use(entry)):
+            if entry is None or not entry.readable or at <= (before := self._last_use(entry)):
                 return None
             self._used[key] = at
             # Steps of the clock, so that many small differences add up.
@@ -109,7 +113,7 @@ class BlockList:
                 newest = self._entries[entry.key]
                 if older is None or older.block is None or newest.block is None:
                     continue
-                if older.version != newest.version:
+                if (older.version, older.key_id) != (newest.version, newest.key_id):
                     replaced.append(older)
         return replaced
 
@@ -135,23 +139,23 @@ class BlockList:
         """Return the entry of a stored block; None if it is not stored."""
         with self._lock:
             entry = self._entries.get(key)
-            return entry if entry is not None and entry.block is not None else None
+            return entry if entry is not None and entry.readable else None
 
     def rows(self) -> list[TierRow]:
         """Return all stored blocks. `take_changes` then returns later changes only."""
         with self._lock:
             self._changed.clear()
-            return [self._row(entry) for entry in self._entries.values() if entry.block is not None]
+            return [self._row(entry) for entry in self._entries.values() if entry.readable]
 
     def names(self) -> set[str]:
         """Return the names of the objects of all stored blocks."""
         with self._lock:
-            return {entry.object_name for entry in self._entries.values() if entry.block is not None}
+            return {entry.object_name for entry in self._entries.values() if entry.readable}
 
     def unused_since(self, before: int) -> list[bytes]:
         """Return the keys of the blocks that were last used before a time, in ns since 1970."""
         with self._lock:
-            stored = [entry for entry in self._entries.values() if entry.block is not None]
+            stored = [entry for entry in self._entries.values() if entry.readable]
             return [entry.key for entry in stored if self._last_use(entry) < before]
 
     def expire_removals(self) -> None:
@@ -180,7 +184,7 @@ class BlockList:
             removed: list[bytes] = []
             for key in self._changed:
                 entry = self._entries.get(key)
-                if entry is not None and entry.block is not None:
+                if entry is not None and entry.readable:
                     stored.append(self._row(entry))
                 else:
                     removed.append(key)
@@ -203,6 +207,6 @@ class BlockList:
         return max(entry.used, self._used.get(entry.key, 0))
 
 
-def _order(entry: Entry) -> tuple[int, bool, bytes]:
-    """Return what orders the entries of a block: time, then removals last, then the version."""
-    return entry.at, entry.block is None, entry.version
+def _order(entry: Entry) -> tuple[int, bool, bytes, bytes]:
+    """Return what orders the entries of a block: time, then removals last, then the version and the key."""
+    return entry.at, entry.block is None, entry.version, entry.key_id

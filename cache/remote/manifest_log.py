@@ -23,9 +23,9 @@ from erllama.cache.remote import manifest
 from erllama.cache.remote.block_list import BlockList
 from erllama.cache.remote.daemon_threads import DaemonThreads
 from erllama.cache.remote.manifest import Entry, Event, SegmentName
-from erllama.cache.remote.signatures import Signer
+from erllama.cache.remote.object_codec import ObjectCodec
 from erllama.cache.remote.stores import ObjectStore
-from erllama.errors import CacheFormatError
+from erllama.errors import CacheFormatError, CacheKeyError, SignatureRefused
 
 log = logger("erllama.cache")
 
@@ -51,27 +51,31 @@ class ManifestLog:
     Attributes:
         n_due: segments of the last listing that should be merged.
         n_writers: machines that wrote the small segments of the last listing.
+        key_problem: why this machine can read none of the segments of the last listing; None if it can read one, or
+            there is none.
     """
 
     def __init__(
         self,
         store: ObjectStore,
-        signer: Signer,
+        codec: ObjectCodec,
         blocks: BlockList,
         threads: DaemonThreads,
         count: Callable[[str, int], None],
         on_replaced: Callable[[Sequence[Entry]], None],
     ) -> None:
-        self._store, self._signer, self._blocks, self._threads = store, signer, blocks, threads
+        self._store, self._codec, self._blocks, self._threads = store, codec, blocks, threads
         self._count, self._on_replaced = count, on_replaced
         self._lock = threading.Lock()  # guards the next three
         self._waiting: list[Entry] = []
         self._waiting_since = 0.0  # by time.monotonic()
         self._known: dict[str, list[Entry] | None] = {}  # segments that were read; small ones with their entries
         self._refused: set[str] = set()
+        self._foreign: set[str] = set()  # segments that are signed or encrypted with keys that this machine lacks
         self._writer = secrets.token_hex(8)
         self._number = 0
         self.n_due = self.n_writers = 0
+        self.key_problem: str | None = None
 
     @property
     def has_waiting(self) -> bool:
@@ -82,6 +86,11 @@ class ManifestLog:
     def n_segments(self) -> int:
         """The number of segments that were read, or written."""
         return len(self._known)
+
+    @property
+    def has_foreign(self) -> bool:
+        """Whether there are segments of machines with other keys, which may list any object."""
+        return bool(self._foreign)
 
     # --- writing --------------------------------------------------------------------------------------
 
@@ -121,8 +130,8 @@ class ManifestLog:
         if not entries:
             return
         self._number += 1
-        name = str(SegmentName(self._writer, self._number, len(entries)))
-        self._store.put(name, manifest.encode(entries, self._signer))
+        name = str(SegmentName(self._writer, self._number, len(entries), self._codec.key_id))
+        self._store.put(name, manifest.encode(entries, self._codec))
         with self._lock:
             self._known[name] = list(entries) if len(entries) < _LARGE_ENTRIES else None
 
@@ -146,7 +155,7 @@ class ManifestLog:
             if until is not None and time.monotonic() >= until:
                 return False
             names = [str(name) for name in new[at : at + _READ_AT_ONCE]]
-            reads = [self._threads.submit(_Read(self._store, self._signer, name)) for name in names]
+            reads = [self._threads.submit(_Read(self._store, self._codec, name)) for name in names]
             for name, read in zip(names, reads, strict=True):
                 self._apply(name, read)
         return True
@@ -154,27 +163,51 @@ class ManifestLog:
     def _list_new(self) -> list[SegmentName]:
         """Return the names of the segments that were not read yet, large ones first."""
         listed = {each.name for each in islice(self._store.list(manifest.PREFIX), _MOST_LISTED)}
-        parsed = [name for text in listed if (name := manifest.parse_name(text)) is not None]
+        every = [name for text in listed if (name := manifest.parse_name(text)) is not None]
+        parsed = [name for name in every if self._codec.has_key(name.key_id)]
+        self._note_foreign([name for name in every if not self._codec.has_key(name.key_id)], bool(parsed))
         small = [name for name in parsed if name.n_entries < _LARGE_ENTRIES]
         self.n_due, self.n_writers = len(_due(small)), len({name.writer for name in small})
         with self._lock:
             for text in self._known.keys() - listed:  # merged into others
                 del self._known[text]
             self._refused &= listed
+            self._foreign &= listed
             new = [name for name in parsed if str(name) not in self._known and str(name) not in self._refused]
         return sorted(new, key=lambda name: name.n_entries, reverse=True)
+
+    def _note_foreign(self, names: Sequence[SegmentName], has_others: bool) -> None:
+        """Count the segments that this machine has no key for. They stay where they are, and are not read."""
+        ids = ", ".join(sorted({name.key_id.hex() for name in names if name.key_id}))
+        if ids:
+            problem = (
+                f"what is stored there is encrypted with {ids}, and {self._codec.keys_text}; pass the key file of "
+                "the other machines as key_file, or another prefix"
+            )
+        else:
+            problem = "what is stored there is not encrypted; omit key_file, or pass another prefix"
+        self.key_problem = problem if names and not has_others else None
+        new = {str(name) for name in names} - self._foreign
+        if new and has_others and not self._foreign:
+            log.warning("some manifests of the remote tier are not used: %s", problem)
+        self._count("remote_unknown_keys", len(new))
+        self._foreign |= new
 
     def _apply(self, name: str, read: Future[list[Entry]]) -> None:
         try:
             entries = read.result()
         except FileNotFoundError:
             return  # merged since it was listed; the next poll finds the merged one
-        except CacheFormatError as error:
+        except (CacheFormatError, CacheKeyError) as error:
             log.warning("manifest %s: %s; ignored", name, error)
             self._count("remote_manifests_refused", 1)
             with self._lock:
                 self._refused.add(name)
+                if isinstance(error, SignatureRefused) and error.unknown_key:
+                    self._foreign.add(name)
             return
+        if any(entry.hidden for entry in entries):
+            self._count("remote_unknown_keys", 1)
         self._on_replaced(self._blocks.merge(entries))
         with self._lock:
             self._known[name] = entries if len(entries) < _LARGE_ENTRIES else None
@@ -226,11 +259,11 @@ def _due(small: Iterable[SegmentName]) -> list[SegmentName]:
 class _Read:
     """Reads one segment."""
 
-    def __init__(self, store: ObjectStore, signer: Signer, name: str) -> None:
-        self._store, self._signer, self.name = store, signer, name
+    def __init__(self, store: ObjectStore, codec: ObjectCodec, name: str) -> None:
+        self._store, self._codec, self.name = store, codec, name
 
     def __call__(self) -> list[Entry]:
-        return manifest.decode(self._store.get(self.name, manifest.MAX_SEGMENT_BYTES), self._signer)
+        return manifest.decode(self._store.get(self.name, manifest.MAX_SEGMENT_BYTES), self._codec)
 
 
 def _newest(entries: Iterable[Entry]) -> list[Entry]:

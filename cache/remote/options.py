@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from erllama.cache.blocks.encryption import Encryption
 from erllama.cache.blocks.key_file import SecretKeys, read_key_file
 from erllama.cache.remote.directory_store import DirectoryStore
 from erllama.cache.remote.stores import ObjectStore, parse_address
@@ -31,6 +32,7 @@ class RemoteOptions:
         quota: budget of the tier in bytes.
         lifetime: seconds after which an unused block is removed; None for never.
         read_only: whether the tier is only read.
+        encryption_key_file: path of the file of keys that encrypt; None for no encryption.
     """
 
     address: str
@@ -38,16 +40,26 @@ class RemoteOptions:
     quota: int
     lifetime: float | None = None
     read_only: bool = False
+    encryption_key_file: str | None = None
 
     def as_plain(self) -> tuple[Any, ...]:
         """Return the fields in order, as numbers, texts, booleans and None."""
-        return (self.address, self.key_file, self.quota, self.lifetime, self.read_only)
+        return (self.address, self.key_file, self.quota, self.lifetime, self.read_only, self.encryption_key_file)
 
 
 def remote_options(
-    remote: object, key_file: object, quota: object, lifetime: object, read_only: bool
+    remote: object,
+    key_file: object,
+    quota: object,
+    lifetime: object,
+    read_only: bool,
+    encryption_key_file: Path | None = None,
 ) -> RemoteOptions | None:
     """Check the options of a remote tier; None if there is none.
+
+    Args:
+        key_file: signs; None for `encryption_key_file`.
+        encryption_key_file: encrypts; None for no encryption.
 
     Raises:
         OptionError: an option has the wrong type or value, a part of the tier's options is missing, or an option is
@@ -59,6 +71,8 @@ def remote_options(
             raise OptionError(f"{name} without remote; pass remote='s3://bucket/prefix', too, or leave it out")
         return None
     address = parse_address(remote)
+    if key_file is None:
+        key_file = encryption_key_file
     if key_file is None:
         raise OptionError(
             f"remote={address.text!r} without a key: whoever can write there could make models restore forged KV. "
@@ -75,7 +89,12 @@ def remote_options(
         raise OptionError(f"remote_lifetime={shown(lifetime)}; it must be at least a minute")
     path = str(Path(os.fspath(key_file)).expanduser().absolute())
     return RemoteOptions(
-        encodable("remote", address.text), encodable("remote_key_file", path), budget, kept, read_only
+        encodable("remote", address.text),
+        encodable("remote_key_file", path),
+        budget,
+        kept,
+        read_only,
+        None if encryption_key_file is None else encodable("key_file", str(encryption_key_file)),
     )
 
 
@@ -84,13 +103,20 @@ def create_remote_tier(options: RemoteOptions) -> RemoteTier:
 
     Raises:
         CacheError: the key file cannot be used.
-        MissingPackage: obstore is not installed, and the address is that of a bucket.
+        MissingPackage: obstore is not installed, and the address is that of a bucket; or there is encryption, and
+            the package `cryptography` is not installed.
         OptionError: obstore refuses the address, or a setting in the environment.
     """
     keys: SecretKeys = read_key_file(options.key_file)
-    store = open_store(options.address)
+    encrypting = options.encryption_key_file
     return RemoteTier(
-        store, options.address, keys, options.quota, lifetime=options.lifetime, read_only=options.read_only
+        open_store(options.address),
+        options.address,
+        keys,
+        options.quota,
+        encryption=None if encrypting is None else Encryption.of_file(encrypting),
+        lifetime=options.lifetime,
+        read_only=options.read_only,
     )
 
 

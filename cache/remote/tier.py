@@ -3,7 +3,8 @@
 `Cache(remote=…)` creates it. A write hands the block to `Uploads` and returns. A list of the blocks, which
 manifests keep in line with those of other machines, answers lookups. Reads run in threads of the tier: requests
 wait for them only as long as computing would take (see `pipeline/fetcher.py`), and never while the service fails.
-All blocks and manifests are signed, because whoever can write to the bucket could otherwise plant KV.
+All blocks and manifests are signed, because whoever can write to the bucket could otherwise plant KV. With a key
+file, they are encrypted, too.
 """
 
 from __future__ import annotations
@@ -22,19 +23,26 @@ from functools import partial
 from typing import TypeVar
 
 from erllama._runtime.log import logger
-from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
+from erllama.cache.blocks.encryption import Encryption
 from erllama.cache.blocks.key_file import SecretKeys
 from erllama.cache.remote.block_list import BlockList
 from erllama.cache.remote.daemon_threads import DaemonThreads
 from erllama.cache.remote.health import CircuitBreaker, ReadCost
 from erllama.cache.remote.manifest import Entry, version_of
 from erllama.cache.remote.manifest_log import ManifestLog
-from erllama.cache.remote.signatures import SIGNATURE_BYTES, Signer
+from erllama.cache.remote.object_codec import ObjectCodec
 from erllama.cache.remote.stores import ObjectStore, do_nothing
-from erllama.cache.remote.uploads import KIND, Uploads
+from erllama.cache.remote.uploads import Uploads
 from erllama.cache.tiers.tier import Changes, Problem, Tier, TierRow
-from erllama.errors import CacheError, CacheFormatError, RemoteError, RemoteUnreachable, SignatureRefused
+from erllama.errors import (
+    CacheError,
+    CacheFormatError,
+    CacheKeyError,
+    RemoteError,
+    RemoteUnreachable,
+    SignatureRefused,
+)
 
 T = TypeVar("T")
 
@@ -66,6 +74,7 @@ class RemoteTier(Tier):
         store: where the objects lie.
         location: the address of the store, for messages.
         keys: sign and verify all objects.
+        encryption: encrypts all objects and their names; None for no encryption.
         budget: maximum bytes of all blocks in the store, those of other machines included.
         lifetime: seconds after which an unused block is removed; None for never.
         read_only: never write to the store.
@@ -75,6 +84,8 @@ class RemoteTier(Tier):
 
     Raises (from `open`):
         RemoteAccessError: the service refuses this machine.
+        CacheKeyError: there are manifests, and all of them are encrypted with other keys, or are not encrypted
+            although there is `encryption`.
         RemoteUnreachable: the service does not answer. The tier keeps trying, and can be opened once it does.
     """
 
@@ -85,6 +96,7 @@ class RemoteTier(Tier):
         keys: SecretKeys,
         budget: int,
         *,
+        encryption: Encryption | None = None,
         lifetime: float | None = None,
         read_only: bool = False,
         upload_bytes: int = _UPLOAD_BYTES,
@@ -95,7 +107,7 @@ class RemoteTier(Tier):
         self.read_only = read_only
         self._store, self._location, self._lifetime = store, location, lifetime
         self._poll_seconds, self._publish_seconds = poll_seconds, publish_seconds
-        self._signer = Signer(keys)
+        self._codec = ObjectCodec(keys, encryption)
         self._cost = ReadCost()
         self._breaker = CircuitBreaker(location, partial(self._count, "remote_outages", 1))
         self._readers = DaemonThreads(_READERS, "erllama-remote-reader")
@@ -114,10 +126,10 @@ class RemoteTier(Tier):
         """Start from an empty list. What a thread still does with the old one has no effect."""
         self._blocks = BlockList()
         self._log = ManifestLog(
-            self._store, self._signer, self._blocks, self._readers, self._count, self._on_replaced
+            self._store, self._codec, self._blocks, self._readers, self._count, self._on_replaced
         )
         self._uploads = Uploads(
-            self._store, self._signer, self._breaker, self._upload_bytes, self._on_stored, self._on_lost
+            self._store, self._codec, self._breaker, self._upload_bytes, self._on_stored, self._on_lost
         )
 
     # --- state ---------------------------------------------------------------------------------------
@@ -209,7 +221,7 @@ class RemoteTier(Tier):
         return self._blocks.rows()
 
     def size(self, block: Block, payload_bytes: int) -> int:
-        return SIGNATURE_BYTES + kvc.file_bytes(block.n_tokens, payload_bytes)
+        return self._codec.block_bytes(block.n_tokens, payload_bytes)
 
     def write(self, block: Block, payload: memoryview) -> None:
         if self.read_only:
@@ -218,8 +230,9 @@ class RemoteTier(Tier):
             raise RemoteUnreachable(
                 f"{self._uploads.n_bytes} bytes wait to be uploaded to {self._location} already"
             )
-        entry, older = self._blocks.store(block, self.size(block, payload.nbytes), version_of(block, payload))
-        name = entry.object_name
+        version, key_id = version_of(block, payload), self._codec.key_id
+        name = self._codec.name(block, version, key_id)
+        entry, older = self._blocks.store(block, self.size(block, payload.nbytes), version, name, key_id)
         if older is not None and older.object_name != name:
             self._uploads.delete([older.object_name])
         self._own.add(name)
@@ -279,7 +292,7 @@ class RemoteTier(Tier):
 
     def _verified(self, entry: Entry, block: Block, content: memoryview) -> tuple[Block, memoryview]:
         try:
-            found, array = kvc.decode(self._signer.open(KIND, content))
+            found, payload = self._codec.decode_block(content, entry.key_id)
         except SignatureRefused as error:
             self._refused[entry.object_name] = error.unknown_key
             self._count("remote_signatures_refused")
@@ -287,7 +300,7 @@ class RemoteTier(Tier):
         fields = ("key", "parent", "namespace", "start", "tokens")
         if any(getattr(found, name) != getattr(block, name) for name in fields):
             raise CacheFormatError("the object contains another block than the manifest says")
-        return found, array.data
+        return found, payload
 
     def verify(self) -> Iterator[Problem]:
         for row in self.rows():
@@ -367,6 +380,8 @@ class RemoteTier(Tier):
     def collect_garbage(self) -> int:
         """Read all manifests, merge them, and remove objects older than a day that none of them lists.
 
+        If there are manifests that this machine has no key for, no object is removed: they may list it.
+
         Returns:
             the number of removed objects.
         """
@@ -374,9 +389,15 @@ class RemoteTier(Tier):
         self.read_all()
         with self._turn_lock:
             self._log.merge(always=True)
+        if self._log.has_foreign:
+            log.warning("%s has manifests of machines with other keys; no object is removed", self._location)
+            return 0
         before, known = time.time() - _ORPHAN_SECONDS, self._blocks.names()
         names = [
-            each.name for kind in ("blocks", "checks") for each in self._store.list(kind) if each.written < before
+            each.name
+            for kind in (*self._codec.prefixes, "checks")
+            for each in self._store.list(kind)
+            if each.written < before
         ]
         orphans = [name for name in names if name not in known]
         self._store.delete(orphans)
@@ -423,7 +444,7 @@ class RemoteTier(Tier):
                 if now >= poller.next_poll or probe is not None:
                     self._poll(poller, now)
         except Exception as error:
-            if not isinstance(error, RemoteError):
+            if not isinstance(error, RemoteError | CacheKeyError):
                 log.exception("reading the manifests of %s failed unexpectedly", self._location)
                 error = RemoteUnreachable(f"{self._location}: {error!r}")
             poller.report(error)
@@ -465,6 +486,8 @@ class RemoteTier(Tier):
     def _poll(self, poller: _Poller, now: float) -> None:
         first, caught_up = not poller.polled.is_set(), poller.caught_up
         complete = self._log.read_new(now + _START_SECONDS, READS_PER_POLL if caught_up else None)
+        if self._log.key_problem is not None and not self._is_open:
+            raise CacheKeyError(f"{self._location}: {self._log.key_problem}")
         poller.caught_up = caught_up or complete
         # Machines that start together must not list together.
         poller.next_poll = now + self._poll_seconds * _random.uniform(0.75, 1.25) if complete else now
@@ -503,7 +526,7 @@ class _Poller:
 
     def __init__(self, tier: RemoteTier) -> None:
         self.polled = threading.Event()
-        self.error: RemoteError | None = None
+        self.error: CacheError | None = None
         self.wake = threading.Event()
         self.next_poll = 0.0
         self.caught_up = False
@@ -512,7 +535,7 @@ class _Poller:
         thread = threading.Thread(target=self._run, args=(reference,), name="erllama-remote-poller", daemon=True)
         thread.start()
 
-    def report(self, error: RemoteError | None) -> None:
+    def report(self, error: CacheError | None) -> None:
         self.error = error
         self.polled.set()
 

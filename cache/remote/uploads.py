@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from erllama._runtime.log import logger
-from erllama.cache.blocks import kvc
 from erllama.cache.remote.daemon_threads import DaemonThreads
 from erllama.cache.remote.health import CircuitBreaker
 from erllama.cache.remote.manifest import Entry
-from erllama.cache.remote.signatures import Signer
-from erllama.cache.remote.stores import Content, ObjectStore
+from erllama.cache.remote.object_codec import ObjectCodec
+from erllama.cache.remote.stores import ObjectStore
 from erllama.errors import CacheError, RemoteError, RemoteUnreachable
 
 log = logger("erllama.cache")
 
-KIND = "block"
 _THREADS = 2
 _MOST_WAITING = 100_000  # operations, while the service does not answer; a deletion beyond them is left to `gc`
 
@@ -58,13 +56,13 @@ class Uploads:
     def __init__(
         self,
         store: ObjectStore,
-        signer: Signer,
+        codec: ObjectCodec,
         breaker: CircuitBreaker,
         limit_bytes: int,
         on_stored: Callable[[Entry], None],
         on_lost: Callable[[Entry, Exception], None],
     ) -> None:
-        self._store, self._signer, self._breaker = store, signer, breaker
+        self._store, self._codec, self._breaker = store, codec, breaker
         self._limit_bytes = limit_bytes
         self._on_stored, self._on_lost = on_stored, on_lost
         self._threads = DaemonThreads(_THREADS, "erllama-remote-writer")
@@ -195,9 +193,8 @@ class Uploads:
 
     def _upload(self, name: str, entry: Entry, payload: memoryview, replace: bool) -> None:
         assert entry.block is not None
-        parts: list[Content] = list(kvc.encode(entry.block, payload))
         # If the object exists, another machine has stored the same version: its content is as good as this one.
-        self._store.put(name, [self._signer.sign(KIND, parts), *parts], replace=replace)
+        self._store.put(name, self._codec.encode_block(entry.block, payload, entry.key_id), replace=replace)
 
 
 def _n_bytes(operation: _Operation) -> int:

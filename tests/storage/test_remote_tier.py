@@ -20,7 +20,8 @@ from erllama.cache.remote.block_list import BlockList
 from erllama.cache.remote.directory_store import DirectoryStore
 from erllama.cache.remote.health import CircuitBreaker, ReadCost
 from erllama.cache.remote.manifest import Entry, Event
-from erllama.cache.remote.signatures import Signer
+from erllama.cache.remote.object_codec import BLOCK, ObjectCodec
+from erllama.cache.remote.signatures import SIGNATURE_BYTES, Signer
 from erllama.cache.remote.stores import do_nothing
 from erllama.cache.remote.tier import RemoteTier
 from erllama.errors import (
@@ -178,19 +179,21 @@ def test_a_clock_that_was_ahead_does_not_keep_a_block_listed() -> None:
     blocks = BlockList()
     (block,) = blocks_of(MANY[:SIZE])
     ahead = time.time_ns() + 3600 * 10**9
-    blocks.merge([Entry(Event.STORED, ahead, block.key, block, 100, b"v" * 8, ahead)])
+    stored = Entry(Event.STORED, ahead, block.key, block, 100, b"v" * 8, ahead, object_name="blocks/v")
+    blocks.merge([stored])
     removal, _ = blocks.remove(block.key) or (None, None)
     assert removal is not None
     assert removal.at > ahead, "later than what it removes, though this clock is behind"
-    blocks.merge([Entry(Event.STORED, ahead, block.key, block, 100, b"v" * 8, ahead)])
+    blocks.merge([stored])
     assert blocks.get(block.key) is None
 
 
 def test_lists_agree_in_whatever_order_segments_are_read() -> None:
     events = []
     for i, block in enumerate(blocks_of(MANY)):
-        events.append(Entry(Event.STORED, 100 + i, block.key, block, 100, b"one_____", 1))
-        events.append(Entry(Event.STORED, 100 + i, block.key, block, 100, b"two_____", 1))
+        for version in (b"one_____", b"two_____"):
+            name = f"blocks/{i}-{version.decode()}"
+            events.append(Entry(Event.STORED, 100 + i, block.key, block, 100, version, 1, object_name=name))
         if i % 2:
             events.append(Entry(Event.REMOVED, 100 + i + i % 3, block.key))
     forwards, backwards = BlockList(), BlockList()
@@ -200,7 +203,7 @@ def test_lists_agree_in_whatever_order_segments_are_read() -> None:
         (r.block.key, r.n_bytes) for r in backwards.rows()
     }
     assert forwards.names() == backwards.names()
-    assert all("74776f" in name for name in forwards.names())
+    assert all("two" in name for name in forwards.names())
 
 
 def test_manifests_are_merged_and_stay_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,12 +314,10 @@ def test_flipped_bytes_are_never_restored_and_each_is_counted(tmp_path: Path) ->
 def forge(path: Path, keys: SecretKeys | None) -> None:
     """Replace the payload of a block by another one, with right checksums, signed with these keys."""
     from erllama.cache.blocks import kvc
-    from erllama.cache.remote.signatures import SIGNATURE_BYTES
-    from erllama.cache.remote.uploads import KIND
 
     block, payload = kvc.decode(memoryview(path.read_bytes())[SIGNATURE_BYTES:])
     parts = list(kvc.encode(block, memoryview(b"\xff" * payload.nbytes)))
-    signature = Signer(keys).sign(KIND, parts) if keys is not None else path.read_bytes()[:SIGNATURE_BYTES]
+    signature = Signer(keys).sign(BLOCK, parts) if keys is not None else path.read_bytes()[:SIGNATURE_BYTES]
     path.write_bytes(b"".join([signature, *parts]))
 
 
@@ -351,14 +352,13 @@ def test_a_block_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_manifest_is_no_block_and_an_unsigned_one_is_ignored(tmp_path: Path) -> None:
-    signer = Signer(KEYS)
-    packed = b"".join(manifest.encode([], signer))
+    packed = b"".join(manifest.encode([], ObjectCodec(KEYS)))
     with pytest.raises(SignatureRefused):
-        signer.open("block", memoryview(packed))
+        Signer(KEYS).open(BLOCK, memoryview(packed))
     with cache_in(tmp_path) as cache:
         save(cache, MANY)
     forged = manifest.encode(
-        [Entry(Event.REMOVED, 2**62, block.key) for block in blocks_of(MANY)], Signer(OTHER_KEYS)
+        [Entry(Event.REMOVED, 2**62, block.key) for block in blocks_of(MANY)], ObjectCodec(OTHER_KEYS)
     )
     (tmp_path / "manifests/0123456789abcdef-00000001-10").write_bytes(b"".join(forged))
     with cache_in(tmp_path) as cache:

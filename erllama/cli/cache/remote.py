@@ -10,19 +10,22 @@ from pathlib import Path
 import click
 
 from erllama._runtime.printing import echo, one_line
+from erllama.cache.options import checked_key_file
 from erllama.cache.remote.options import RemoteOptions, create_remote_tier, remote_options
 from erllama.cache.remote.tier import RemoteTier
 from erllama.cache.sizes import format_size
 from erllama.cache.tiers.tier import TierRow
 from erllama.cli.cache.directories import json_option
 from erllama.cli.console import format_age, format_count, print_fields, print_json, print_table
+from erllama.cli.options import key_file_option
 
 _address = click.argument("address", envvar="ERLLAMA_REMOTE")
-_key_file = click.option(
-    "--key-file",
+_signing_key_file = click.option(
+    "--remote-key-file",
+    "signing_key_file",
     type=click.Path(path_type=Path, dir_okay=False),
     envvar="ERLLAMA_REMOTE_KEY_FILE",
-    help="File of the keys that sign what is stored there.",
+    help="File of the keys that sign what is stored there. Default: that of --key-file.",
 )
 
 
@@ -35,8 +38,10 @@ def remote() -> None:
 
 
 @contextmanager
-def _opened(address: str, key_file: Path | None, *, read_only: bool) -> Iterator[RemoteTier]:
-    options = remote_options(address, key_file, 2**62, None, read_only)
+def _opened(
+    address: str, signing_key_file: Path | None, key_file: Path | None, *, read_only: bool
+) -> Iterator[RemoteTier]:
+    options = remote_options(address, signing_key_file, 2**62, None, read_only, checked_key_file(key_file))
     assert isinstance(options, RemoteOptions)
     tier = create_remote_tier(options)
     try:
@@ -49,13 +54,15 @@ def _opened(address: str, key_file: Path | None, *, read_only: bool) -> Iterator
 
 @remote.command("stats")
 @_address
-@_key_file
+@_signing_key_file
+@key_file_option
 @json_option
-def stats(address: str, key_file: Path | None, as_json: bool) -> None:
+def stats(address: str, signing_key_file: Path | None, key_file: Path | None, as_json: bool) -> None:
     """Show how much is stored, by namespace, and how many manifests there are."""
-    with _opened(address, key_file, read_only=True) as tier:
+    with _opened(address, signing_key_file, key_file, read_only=True) as tier:
         rows, location, manifests = list(tier.rows()), tier.location, tier.n_manifests
         refused = tier.counts().get("remote_manifests_refused", 0)
+        n_unknown = tier.counts().get("remote_unknown_keys", 0)
     by_namespace: dict[bytes, list[TierRow]] = defaultdict(list)
     for row in rows:
         by_namespace[row.block.namespace].append(row)
@@ -72,14 +79,17 @@ def stats(address: str, key_file: Path | None, as_json: bool) -> None:
             for key, found in by_namespace.items()
         ]
         counts = {"blocks": len(rows), "bytes": total, "manifests": manifests, "manifests_refused": refused}
-        print_json({"address": location, **counts, "namespaces": namespaces})
+        print_json({"address": location, **counts, "unknown_keys": n_unknown, "namespaces": namespaces})
         return
+    shown = f"{manifests}" + (f", and {refused} refused" if refused else "")
+    if n_unknown:
+        shown += f"; {format_count(n_unknown, 'manifest')} with content that other keys encrypt"
     tokens = format_count(sum(row.block.n_tokens for row in rows), "token")
     print_fields(
         [
             ("address", location),
             ("stored", f"{format_count(len(rows), 'block')}, {tokens}, {format_size(total)}"),
-            ("manifests", f"{manifests}" + (f", and {refused} refused" if refused else "")),
+            ("manifests", shown),
         ]
     )
     if by_namespace:
@@ -102,14 +112,15 @@ def stats(address: str, key_file: Path | None, as_json: bool) -> None:
 
 @remote.command("verify")
 @_address
-@_key_file
+@_signing_key_file
+@key_file_option
 @json_option
-def verify(address: str, key_file: Path | None, as_json: bool) -> int:
+def verify(address: str, signing_key_file: Path | None, key_file: Path | None, as_json: bool) -> int:
     """Read every block and check its signature. Exit status 1 if there is a problem.
 
     The traffic is that of all blocks.
     """
-    with _opened(address, key_file, read_only=True) as tier:
+    with _opened(address, signing_key_file, key_file, read_only=True) as tier:
         n_blocks, problems = len(list(tier.rows())), list(tier.verify())
     if as_json:
         print_json({"blocks": n_blocks, "problems": [problem._asdict() for problem in problems]})
@@ -122,11 +133,15 @@ def verify(address: str, key_file: Path | None, as_json: bool) -> int:
 
 @remote.command("gc")
 @_address
-@_key_file
+@_signing_key_file
+@key_file_option
 @json_option
-def gc(address: str, key_file: Path | None, as_json: bool) -> None:
-    """Merge the manifests, and remove objects older than a day that none of them lists."""
-    with _opened(address, key_file, read_only=False) as tier:
+def gc(address: str, signing_key_file: Path | None, key_file: Path | None, as_json: bool) -> None:
+    """Merge the manifests, and remove objects older than a day that none of them lists.
+
+    If there are manifests that the key files have no key for, no object is removed.
+    """
+    with _opened(address, signing_key_file, key_file, read_only=False) as tier:
         before = tier.n_manifests
         n_removed = tier.collect_garbage()
         after = tier.n_manifests

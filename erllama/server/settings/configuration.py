@@ -161,7 +161,12 @@ class _Reader:
         known = [name for name in CACHE_OPTIONS if name not in _NOT_IN_FILES]
         options = self._known(("cache",), section, known, "[cache]")
         key_file = self._cache_path(options.pop("key_file", None))
-        options = self._check_together(("cache",), options, lambda rest: check_options(self._with_paths(rest)))
+        with self._at(("cache", "key_file")):
+            key_file = checked_key_file(key_file)
+        key = {"key_file": key_file} if isinstance(key_file, Path) else {}
+        options = self._check_together(
+            ("cache",), options, lambda rest: check_options(self._with_paths(rest) | key)
+        )
         options = self._with_paths(options)
         for name in options.keys() & set(_CACHE_PATHS):
             with self._at(("cache", name)):
@@ -170,10 +175,7 @@ class _Reader:
         if isinstance(options.get("remote_key_file"), str):
             with self._at(("cache", "remote_key_file")):
                 read_secret_keys(str(options["remote_key_file"]))
-        with self._at(("cache", "key_file")):
-            if (checked := checked_key_file(key_file)) is not None:
-                options["key_file"] = str(checked)
-        return options
+        return options | {name: str(path) for name, path in key.items()}
 
     def _model(self, place: Place, entry: Mapping[str, object]) -> ModelEntry | None:
         known = self._known(place, entry, (*_MODEL, *_LOAD), "[[models]]")
