@@ -7,6 +7,7 @@ what they would do.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -114,6 +115,9 @@ def check_exists(text: str) -> None:
             run(f"python -P -m {module} --help", ROOT)
         case ["python" | ".venv/bin/python", "-m", module, *_]:
             run(f"python -m {module} --help", ROOT)
+        case ["erllama", *what]:
+            names = itertools.takewhile(re.compile("[a-z-]+").fullmatch, what)
+            run(f"erllama {' '.join(names)} --help", ROOT)
         case _:
             pytest.fail(f"no test covers {text!r}: show its output in a console block, or add a check here")
 

@@ -158,9 +158,10 @@ def test_a_call_that_violates_its_schema_stays_text(stream: bool) -> None:
 def test_a_format_constrains_the_reply(demo: ollama.Client) -> None:
     options = {"num_predict": 60, "temperature": 0.0}
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
-    reply = demo.chat("demo", QUESTION, format=schema | {"additionalProperties": False}, options=options)
+    closed = schema | {"additionalProperties": False}
+    reply = demo.chat("demo", QUESTION, format=closed, options=options, think=False)
     assert list(json.loads(reply.message.content or "")) == ["ok"]
-    free = demo.generate("demo", "hello?", format="json", options=options)
+    free = demo.generate("demo", "hello?", format="json", options=options, think=False)
     assert free.response.startswith("{")
 
 

@@ -288,7 +288,7 @@ def test_the_oldest_blocks_of_all_directories_are_evicted_first(tmp_path: Path) 
         ] * 10
 
 
-@pytest.mark.parametrize("version", [0, 2, 1 + 2**24])
+@pytest.mark.parametrize("version", [0, 3, 1 + 2**24])
 def test_a_file_of_another_version_is_quarantined(tmp_path: Path, version: int) -> None:
     """Its directory would have an index of that version, and that is not opened."""
     with Cache(block_size=SIZE, disk=tmp_path) as cache:

@@ -103,8 +103,8 @@ def read_or_too_large(format: str, text: str) -> list[ToolCall] | None:
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_calls_that_a_grammar_allows_are_read_and_valid(format: str, vocabulary: str) -> None:
-    finished = 0
-    for seed in range(int(os.environ.get("ERLLAMA_GRAMMARS", "10"))):
+    finished, n_walks = 0, int(os.environ.get("ERLLAMA_GRAMMARS", "10"))
+    for seed in range(n_walks):
         name = "rich" if seed % 2 else None
         text = written_by_chance(format, vocabulary, name, seed % 3 != 0, seed)
         if text is None:
@@ -118,7 +118,7 @@ def test_calls_that_a_grammar_allows_are_read_and_valid(format: str, vocabulary:
         assert seed % 3 != 0 or len(found) == 1
         for call in found:
             jsonschema.validate(call.arguments, get_parameters(RICH_TOOLS)[call.name])
-    assert finished > 10
+    assert 4 * finished > n_walks
 
 
 # --- What templates write is read back ---------------------------------------------------------

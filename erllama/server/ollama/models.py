@@ -97,7 +97,7 @@ def _in_future(seconds: float) -> str:
 
 
 def _is_host_memory(place: str) -> bool:
-    return place.startswith("CPU") or place.endswith("_Host")
+    return place.startswith(("CPU", "AMX")) or place.endswith("_Host")
 
 
 async def show(call: Call, body: ShowBody) -> Response:
