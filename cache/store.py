@@ -27,8 +27,8 @@ from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.keys import TOKEN_BYTES, token_bytes
 from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
 from erllama.cache.blocks.pins import Pin, PinRecord, check_pin_name
-from erllama.cache.catalog.block_log import BlockChanges, BlockLog
-from erllama.cache.catalog.catalog import BlockCatalog
+from erllama.cache.catalog.block_log import BlockChange, BlockChanges, BlockLog, LoggedBlocks
+from erllama.cache.catalog.catalog import BlockCatalog, places_of
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.options import (
     OPTIONS,
@@ -72,6 +72,10 @@ from erllama.checks import boolean, encodable, reject_unknown
 from erllama.errors import CacheError, IntegrityError, OptionError
 
 log = logger("erllama.cache")
+
+# A reader of the whole content holds the lock for about a millisecond: for this many blocks.
+_LOG_PART = 1024
+_LOG_PAUSE = 0.001  # seconds between two parts
 
 _open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 # Includes those of caches that were garbage-collected: waiting work keeps the pipeline alive.
@@ -319,7 +323,9 @@ class Cache:
         return Match(tuple(blocks), n_tokens, unpin)
 
     @uninterrupted
-    def fetch(self, blocks: Sequence[Block], seconds_per_token: float | None = None) -> Fetch:
+    def fetch(
+        self, blocks: Sequence[Block], seconds_per_token: float | None = None, n_tokens: int | None = None
+    ) -> Fetch:
         """Begin to read the blocks that only a remote tier has, in the background. The engine calls it.
 
         Does not wait. The result is done once the blocks were read, or waiting is not worth it any more: a read
@@ -328,8 +334,10 @@ class Cache:
         Args:
             blocks: of a match, from the first that is needed to the last.
             seconds_per_token: how long the model computes; None if that is unknown.
+            n_tokens: how many tokens the model need not compute with the blocks; None for those of the blocks, from
+                the first that is fetched.
         """
-        return self._fetcher.fetch(blocks, seconds_per_token)
+        return self._fetcher.fetch(blocks, seconds_per_token, n_tokens)
 
     def load(self, block: Block, *, local: bool = False) -> Loaded | None:
         """Load the payload of a block from the fastest tier that has it.
@@ -548,8 +556,15 @@ class Cache:
     # --- changes of blocks --------------------------------------------------------------------
 
     @uninterrupted
-    def open_block_log(self, namespace: bytes, *, limit: int, wake: Callable[[], None]) -> BlockLog:
-        """Record the changes of full blocks in all tiers, for one reader. A publisher of KV events calls it.
+    def open_block_log(
+        self,
+        namespace: bytes,
+        *,
+        limit: int,
+        wake: Callable[[], None],
+        reports: Callable[[str], bool] = lambda tier: True,
+    ) -> BlockLog:
+        """Record the changes of full blocks in the tiers, for one reader. A publisher of KV events calls it.
 
         Saves and evictions never wait for the reader: a log that is full forgets its changes, and the next read
         returns the whole content.
@@ -558,8 +573,9 @@ class Cache:
             namespace: root key of the blocks to record, from `namespace_key`.
             limit: maximum number of changes that wait for the reader.
             wake: called, in any thread and under the cache's lock, when there are changes to read. Must not wait.
+            reports: whether to record the changes of the tier with a name.
         """
-        log = BlockLog(namespace, self.block_size, limit, wake)
+        log = BlockLog(LoggedBlocks(namespace, self.block_size, reports), limit, wake)
         with self._lock:
             self._block_logs = (*self._block_logs, log)
             self._catalog.add_log(log)
@@ -570,10 +586,22 @@ class Cache:
         """Return the changes since the last call; the whole content at the first one, and after an overflow.
 
         Includes what other processes wrote to the directories. Does not wait for storage. A closed cache is empty.
+        The whole content is read in parts, between which requests go on. It may lack changes made meanwhile, or
+        have some of them: the next call returns them all, in order.
         """
         with self._lock:
             self._feed.poll()
-            return self._catalog.read_log(log)
+            if not log.is_restarted:
+                return BlockChanges(log.take(), complete=False)
+            overflowed, logged, entries = log.overflowed, log.logged, self._catalog.entries()
+            log.take()  # further changes are recorded
+        changes: list[BlockChange] = []
+        for at in range(0, len(entries), _LOG_PART):
+            if at:
+                time.sleep(_LOG_PAUSE)  # a thread that waits for the lock gets it
+            with self._lock:
+                changes += places_of(entries[at : at + _LOG_PART], logged)
+        return BlockChanges(changes, complete=True, overflowed=overflowed)
 
     @uninterrupted
     def turn_block_log(self, log: BlockLog, namespace: bytes) -> None:
@@ -900,7 +928,7 @@ _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
 def close_all() -> None:
     """Close every cache, at exit. Logs one that fails and closes the rest."""
     closing = [*(cache.close for cache in _open_caches), *(tiers.close for tiers in _open_tier_sets)]
-    for close in [*closing, *(tier.close for tier in busy_tiers)]:
+    for close in [*closing, *(tier.close for tier in tuple(busy_tiers))]:
         try:
             close()
         except BaseException:  # of one cache: close the others

@@ -166,7 +166,10 @@ class CellsExhausted(BackendError):  # noqa: N818
 
 
 class ModelFailed(Error):  # noqa: N818
-    """The process of the model ended too often and is not started again. Unload the model, and load it again."""
+    """The process of the model ended too often and is not started again. Unload the model, and load it again.
+
+    In a fleet: a request reached no replica, several times in a row.
+    """
 
 
 class ModelMismatch(Error):  # noqa: N818

@@ -24,6 +24,7 @@ from erllama.cache.tiers.file_names import INDEX_NAME, block_name, block_path
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.key_state import KeyState
 from erllama.cache.tiers.read_only import is_read_only
+from erllama.cache.tiers.reconciler import is_fault_of_file
 from erllama.cache.tiers.row_codec import BLOCK
 from erllama.cache.tiers.tier import TierRow
 from erllama.errors import CacheError, CacheFormatError, CacheVersionError
@@ -43,7 +44,7 @@ class RotationResult(NamedTuple):
         key_id: the current key, as 16 hexadecimal digits.
         old_key_ids: the keys whose use ended.
         encrypted: blocks that were encrypted again.
-        n_damaged: blocks that were damaged, and were removed.
+        n_damaged: blocks that were damaged or could not be read, and were removed.
     """
 
     key_id: str
@@ -154,9 +155,11 @@ class _RotatingTier(FileTier):
                 return False
         try:
             found, payload = self.read(row.block)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(CacheError, OSError, sqlite3.Error):
                 self.release_stale_reservations()
+            if isinstance(error, OSError) and is_fault_of_file(error):
+                raise CacheFormatError(f"the file cannot be read: {error}") from error
             raise
         self.write_used(found, payload, row.last_used)
         return True

@@ -84,7 +84,7 @@ def read_key_file(path: str | os.PathLike[str]) -> SecretKeys:
 
 
 def create_key_file(path: str | os.PathLike[str]) -> SecretKeys:
-    """Write a file with a new random key, which only its owner can read.
+    """Write a file with a new random key, which only its owner can read. Creates its directory.
 
     Raises:
         CacheKeyError: the file exists, or it cannot be created.
@@ -92,6 +92,8 @@ def create_key_file(path: str | os.PathLike[str]) -> SecretKeys:
     path = Path(path)
     key = secrets.token_bytes(SECRET_BYTES)
     try:
+        if not path.parent.exists():
+            path.parent.mkdir(mode=0o700, parents=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(key.hex() + "\n")
             file.flush()

@@ -35,32 +35,48 @@ class BlockChanges(NamedTuple):
     overflowed: bool = False
 
 
+class LoggedBlocks(NamedTuple):
+    """What a log records.
+
+    Attributes:
+        namespace: root key of the blocks.
+        block_size: tokens of a full block. Shorter ones are not recorded.
+        reports: whether the changes of the tier with a name are recorded.
+    """
+
+    namespace: bytes
+    block_size: int
+    reports: Callable[[str], bool]
+
+    def has(self, block: Block) -> bool:
+        """Return whether changes of a block are recorded."""
+        return block.namespace == self.namespace and block.n_tokens == self.block_size
+
+
 class BlockLog:
     """The changes of full blocks of one namespace since the last read.
 
     The owner of the catalog's lock calls all methods.
 
     Args:
-        namespace: root key of the blocks to record.
-        block_size: tokens of a full block. Shorter ones are not recorded.
+        logged: what to record.
         limit: maximum number of changes that wait. Beyond it, they are dropped and `complete` is set.
         wake: called when the first change after a read is recorded. Must not wait.
+
+    Attributes:
+        logged: what is recorded.
+        overflowed: changes were dropped since the last read.
     """
 
-    def __init__(self, namespace: bytes, block_size: int, limit: int, wake: Callable[[], None]) -> None:
-        self._namespace = namespace
-        self._block_size, self._limit, self._wake = block_size, limit, wake
+    def __init__(self, logged: LoggedBlocks, limit: int, wake: Callable[[], None]) -> None:
+        self.logged, self._limit, self._wake = logged, limit, wake
         self._changes: list[BlockChange] = []
         self._complete_next = True  # the first read returns the whole content
-        self.overflowed = False  # since the last read
-
-    def wants(self, block: Block) -> bool:
-        """Return whether the log records changes of a block."""
-        return block.namespace == self._namespace and block.n_tokens == self._block_size
+        self.overflowed = False
 
     def record(self, tier: str, block: Block, *, stored: bool) -> None:
         """Record that a tier stores a block, or no longer does."""
-        if self._complete_next or not self.wants(block):
+        if self._complete_next or not self.logged.reports(tier) or not self.logged.has(block):
             return
         if len(self._changes) >= self._limit:
             self.overflowed = True
@@ -72,8 +88,8 @@ class BlockLog:
 
     def use_namespace(self, namespace: bytes) -> None:
         """Record the blocks of another namespace. The next read returns the whole content."""
-        if namespace != self._namespace:
-            self._namespace = namespace
+        if namespace != self.logged.namespace:
+            self.logged = self.logged._replace(namespace=namespace)
             self.restart()
 
     def restart(self) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.keys import TOKEN_BYTES, child_key
 from erllama.cache.blocks.match import Row
-from erllama.cache.catalog.block_log import BlockChange, BlockChanges, BlockLog
+from erllama.cache.catalog.block_log import BlockChange, BlockLog, LoggedBlocks
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.catalog.ledger import TierLedger
 from erllama.cache.catalog.pin_book import PinBook
@@ -281,20 +281,9 @@ class BlockCatalog:
         """Record no further changes in a log. Ignores one that was not added."""
         self._logs = tuple(other for other in self._logs if other is not log)
 
-    def read_log(self, log: BlockLog) -> BlockChanges:
-        """Return the changes in a log since the last call, or the whole content if the log was restarted."""
-        if not log.is_restarted:
-            return BlockChanges(log.take(), complete=False)
-        overflowed = log.overflowed
-        log.take()
-        wanted = [entry for entry in self._tree if log.wants(entry.block)]
-        changes = [
-            BlockChange(name, entry.block, stored=True)
-            for entry in wanted
-            for name in entry.places
-            if name != _PENDING
-        ]
-        return BlockChanges(changes, complete=True, overflowed=overflowed)
+    def entries(self) -> list[Entry]:
+        """Return the entries of all blocks. One whose block is removed later has no places from then on."""
+        return list(self._tree)
 
     # --- evicting --------------------------------------------------------------------------
 
@@ -481,3 +470,14 @@ class BlockCatalog:
 def _row(block: Block, ledger: TierLedger, pins: Mapping[bytes, int]) -> Row:
     key = block.key
     return Row(key, ledger.name, block.start, block.n_tokens, ledger.size_of(key), pins.get(key, 0))
+
+
+def places_of(entries: Iterable[Entry], logged: LoggedBlocks) -> list[BlockChange]:
+    """Return the tiers that hold the logged blocks of some entries, as changes. Needs the catalog's lock."""
+    return [
+        BlockChange(place, entry.block, stored=True)
+        for entry in entries
+        if logged.has(entry.block)
+        for place in entry.places
+        if place != _PENDING and logged.reports(place)
+    ]

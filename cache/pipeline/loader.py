@@ -11,8 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import takewhile
-from typing import NamedTuple, Protocol
-from weakref import WeakSet
+from typing import NamedTuple
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks.block import Block
@@ -36,12 +35,6 @@ _BATCH_BYTES = 1 << 20
 _BATCHES_AHEAD = 2  # one is read while the caller uses the last, and one waits, so that the reader never does
 
 
-class SupportsGet(Protocol):
-    """Blocks that were fetched for a request, by key."""
-
-    def get(self, key: bytes) -> Source | None: ...
-
-
 class Source(NamedTuple):
     """A loaded block, and where it was read from if it was not in memory."""
 
@@ -55,6 +48,9 @@ class Loader:
 
     Args:
         lock: the cache's lock. It guards `catalog`.
+
+    Attributes:
+        fetched: returns a block that was fetched for a request, by its key. The fetcher sets it. Needs the lock.
     """
 
     def __init__(
@@ -70,16 +66,12 @@ class Loader:
         self._queue, self._evictor, self._writer = queue, evictor, writer
         # One thread for all loads of this cache, started by the first one that reads ahead. Ends with this object.
         self._reader = self._new_reader()
-        self.fetches: WeakSet[SupportsGet] = WeakSet()
+        self.fetched: Callable[[bytes], Source | None] = lambda key: None
 
     @uninterrupted
     def load(self, block: Block, local: bool = False) -> Loaded | None:
         """Read the payload of a block; see `Cache.load`."""
-        if local:
-            with self._lock:
-                if not self._is_local(block):
-                    return None
-        loaded = self.promote(self._read([block]))
+        loaded = self.promote(self._read([block], local))
         return loaded[0] if loaded else None
 
     def load_batches(self, blocks: Sequence[Block], local: bool = False) -> Generator[list[Loaded], None, None]:
@@ -93,9 +85,9 @@ class Loader:
             for number, batch in enumerate(batches):
                 if os.getpid() != process:
                     return
-                loaded = self._take(ahead.popleft() if ahead else None, batch)
+                loaded = self._take(ahead.popleft() if ahead else None, batch, local)
                 for following in batches[number + 1 + len(ahead) : number + 1 + _BATCHES_AHEAD]:
-                    ahead.append(self._read_ahead(following))
+                    ahead.append(self._read_ahead(following, local))
                 if loaded:
                     yield loaded
                 if len(loaded) < len(batch):
@@ -105,12 +97,12 @@ class Loader:
                 self._withdraw(ahead)
 
     @uninterrupted
-    def _take(self, ahead: Future[list[Source]] | None, batch: list[Block]) -> list[Loaded]:
+    def _take(self, ahead: Future[list[Source]] | None, batch: list[Block], local: bool) -> list[Loaded]:
         """Return the blocks of a batch, which may be read ahead."""
         # Promoted here, not by the reader, because tiers get a block after its parent. A read that has not begun is
         # withdrawn: the reader is busy with another load.
         if ahead is None or ahead.cancel():
-            return self.promote(self._read(batch))
+            return self.promote(self._read(batch, local))
         return self.promote(ahead.result())
 
     @uninterrupted
@@ -125,7 +117,7 @@ class Loader:
         room = 0
         with self._lock:
             for block in blocks:
-                in_memory = self._fetched(block) is not None or self.in_memory(block) is not None
+                in_memory = self.fetched(block.key) is not None or self.in_memory(block) is not None
                 n_bytes = 0 if in_memory else self._bytes_to_read(block)
                 if not batches or n_bytes > room:
                     batches.append([])
@@ -140,23 +132,22 @@ class Loader:
 
     def _is_local(self, block: Block) -> bool:
         """Return whether a block can be loaded without waiting for a network. The caller holds the cache's lock."""
-        if self._fetched(block) is not None or self.in_memory(block) is not None:
-            return True
-        holders = self._slow_holders(block)
-        return bool(holders) and not isinstance(holders[0][1], RemoteTier)
+        in_memory = self.fetched(block.key) is not None or self.in_memory(block) is not None
+        return in_memory or bool(self._slow_holders(block, local=True))
 
-    def _fetched(self, block: Block) -> Source | None:
-        """Return a block that was fetched, and still belongs to a request."""
-        return next((found for fetch in list(self.fetches) if (found := fetch.get(block.key)) is not None), None)
+    def _slow_holders(self, block: Block, local: bool = False) -> list[tuple[TierLedger, Tier]]:
+        """Return the tiers slower than RAM that hold a block. The caller holds the cache's lock.
 
-    def _slow_holders(self, block: Block) -> list[tuple[TierLedger, Tier]]:
-        """Return the tiers slower than RAM that hold a block. The caller holds the cache's lock."""
-        return [holder for holder in self._catalog.holders(block.key) if holder[0].write_behind]
+        Args:
+            local: without remote tiers.
+        """
+        holders = [holder for holder in self._catalog.holders(block.key) if holder[0].write_behind]
+        return [holder for holder in holders if not (local and isinstance(holder[1], RemoteTier))]
 
     @uninterrupted
-    def _read_ahead(self, batch: list[Block]) -> Future[list[Source]] | None:
+    def _read_ahead(self, batch: list[Block], local: bool) -> Future[list[Source]] | None:
         try:
-            return self._reader.submit(self._read, batch)
+            return self._reader.submit(self._read, batch, local)
         except RuntimeError:  # no thread can start, or the interpreter is exiting
             self._reader = self._new_reader()  # the old one keeps the read in its queue
             return None
@@ -165,13 +156,14 @@ class Loader:
         return ThreadPoolExecutor(1, "erllama-cache-reader")
 
     @uninterrupted
-    def _read(self, blocks: Sequence[Block]) -> list[Source]:
-        """Read blocks up to the first one that cannot be read."""
+    def _read(self, blocks: Sequence[Block], local: bool) -> list[Source]:
+        """Read blocks up to the first one that cannot be read. With `local`, do not read remote tiers."""
         read: list[Source] = []
         with self._counters.timing("load"):
             with self._lock:
                 places = [
-                    self._fetched(block) or self.in_memory(block) or self._slow_holders(block) for block in blocks
+                    self.fetched(block.key) or self.in_memory(block) or self._slow_holders(block, local)
+                    for block in blocks
                 ]
             for block, place in zip(blocks, places, strict=True):
                 if isinstance(place, Source):  # its fetch stores it in faster tiers

@@ -113,6 +113,7 @@ class ReadCost:
             if n_bytes < _SMALL_BYTES:
                 self._round_trip = self._average(0, self._round_trip, seconds)
             else:
+                self._round_trip = min(self._round_trip, seconds)  # after late reads, the estimate may be too high
                 rest = max(seconds - self._round_trip, 0.1 * seconds)
                 self._per_byte = self._average(1, self._per_byte, rest / n_bytes)
 
@@ -122,15 +123,17 @@ class ReadCost:
         self._measured[which] = True
         return before + weight * (now - before)
 
-    def record_late(self, n_bytes: int, seconds: float) -> None:
-        """Record that a read took longer than some time, by an unknown amount."""
+    def record_late(self, n_bytes: int, seconds: float, n_rounds: int = 1) -> None:
+        """Record that reads took longer than some time, by an unknown amount. Arguments as of `expected`."""
         with self._lock:
-            expected = self._round_trip + n_bytes * self._per_byte
-            factor = 2 * max(seconds / expected, 1.0) if expected else 2.0
-            factor = min(factor, 16.0)
+            expected = self.expected(n_bytes, n_rounds)
+            if seconds <= expected:
+                return  # known already, by another read that was late at the same time
+            factor = min(2 * seconds / expected, 16.0) if expected else 2.0
             self._round_trip *= factor
-            self._per_byte *= factor
+            if n_bytes:
+                self._per_byte *= factor
 
     def expected(self, n_bytes: int, n_rounds: int = 1) -> float:
-        """Return the seconds that reads of so many bytes should take, in `n_rounds` round trips."""
+        """Return the seconds that `n_rounds` reads of so many bytes together should take, one after another."""
         return self._round_trip * n_rounds + n_bytes * self._per_byte

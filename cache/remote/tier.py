@@ -372,19 +372,32 @@ class RemoteTier(Tier):
 
     def expected_seconds(self, n_bytes: int, n_blocks: int) -> float:
         """Return how long it should take to read some blocks of so many bytes together, by recent reads."""
-        return self._cost.expected(n_bytes, -(-n_blocks // _READERS))
+        return self._cost.expected(*self._per_reader(n_bytes, n_blocks))
+
+    def _per_reader(self, n_bytes: int, n_blocks: int) -> tuple[int, int]:
+        """Return the bytes and the number of blocks that one thread reads, if several read some blocks together."""
+        n_rounds = -(-n_blocks // _READERS)
+        return n_bytes * n_rounds // max(n_blocks, 1), n_rounds
 
     @property
     def round_trip_seconds(self) -> float:
         """How long the service should take until it begins to answer, by recent reads."""
         return self._cost.expected(0)
 
-    def record_late(self, n_bytes: int, seconds: float) -> None:
-        """Record that reads of so many bytes exceeded their deadline. Suspends reads until a probe succeeds."""
+    def record_late(self, n_bytes: int, n_blocks: int, seconds: float, *, silent: bool) -> None:
+        """Record that reads of some blocks of so many bytes together exceeded their deadline.
+
+        Args:
+            silent: the service has not begun to answer. Suspends reads until a probe succeeds.
+        """
         self._count("remote_reads_late")
-        self._cost.record_late(n_bytes, seconds)
-        self._breaker.record_late()
-        self._wake()
+        if silent:
+            self._cost.record_late(0, seconds)
+            self._breaker.record_late()
+            self._wake()
+        else:
+            of_one, n_rounds = self._per_reader(n_bytes, n_blocks)
+            self._cost.record_late(of_one, seconds, n_rounds)
 
     def record_skipped(self) -> None:
         """Record that a request did not wait for the tier, because computing is faster."""

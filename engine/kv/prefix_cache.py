@@ -85,10 +85,12 @@ class PrefixCache:
         if match is None:
             return None
         blocks = [block for block in match.blocks if block.end > n_available]
+        n_tokens = None
         if self.backend.limits.whole_state:
             blocks = blocks[-1:]  # it has the state of all blocks before it
+            n_tokens = match.n_tokens - n_available
         try:
-            return self.cache.fetch(blocks, self.prefill_cost.seconds_per_token) if blocks else None
+            return self.cache.fetch(blocks, self.prefill_cost.seconds_per_token, n_tokens) if blocks else None
         except BaseException:
             self.record_fault("fetching the blocks of a prompt")
             return None

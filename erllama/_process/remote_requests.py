@@ -120,19 +120,6 @@ class RemoteRequest:
             if left <= 0:
                 raise self.late_error()
             options = msgspec.structs.replace(options, timeout=left)
-        progress, state = None, self._state
-        if state is not None and self._generator is not None:
-            state = msgspec.structs.replace(state, state=self._generator)
-        if self._tokens and state is not None:
-            progress = w.WireProgress(
-                tuple(self._tokens),
-                tuple(self._logprobs),
-                state,
-                self._queued,
-                self._hit,
-                self._thinking_ended,
-                self._stored,
-            )
         return m.Submit(
             id=self.id,
             prompt=self._prompt,
@@ -140,7 +127,24 @@ class RemoteRequest:
             n_scored=self.ticket.request.n_scored,
             streaming=self.ticket.streaming,
             adapters=tuple((cast(int, adapter.native), scale) for adapter, scale in self.adapters),
-            progress=progress,
+            progress=self.progress(),
+        )
+
+    def progress(self) -> w.WireProgress | None:
+        """Return how far its reply has come; None before its first token."""
+        state = self._state
+        if not self._tokens or state is None:
+            return None
+        if self._generator is not None:
+            state = msgspec.structs.replace(state, state=self._generator)
+        return w.WireProgress(
+            tuple(self._tokens),
+            tuple(self._logprobs),
+            state,
+            self._queued,
+            self._hit,
+            self._thinking_ended,
+            self._stored,
         )
 
     def add_token(self, entry: TokenEntry) -> None:

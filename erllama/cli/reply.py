@@ -5,13 +5,16 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Protocol, TypeVar
 
 import erllama
+from erllama._runtime.printing import one_line
 from erllama.cli.console import (
     format_count,
     is_terminal,
     polled_progress_bar,
+    print_dimmed,
     rich_console,
     write_dim_escape,
     write_reply,
@@ -19,41 +22,106 @@ from erllama.cli.console import (
 
 # Shorter prompts are computed before a progress bar would be seen.
 _MIN_TOKENS_FOR_BAR = 512
+_MOST_OF_RESULT = 200  # characters of a tool's result that are shown
+
+# Names of the tiers in memory; the other tiers are shown by their own names, such as "disk".
+_PLACES = {"live": "live cells", "ram": "RAM", "ram_file": "RAM"}
+
+ResultT = TypeVar("ResultT", covariant=True)
+
+
+class Cancellable(Protocol):
+    """A stream or a run that Ctrl-C ends."""
+
+    def cancel(self) -> None: ...
+
+
+class ReplyStream(Cancellable, Protocol[ResultT]):
+    """What `stream_reply` reads: an `erllama.Stream`, or a `ToolStream`."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None, /
+    ) -> object: ...
+
+    def __iter__(self) -> Iterator[object]: ...
+
+    def result(self) -> ResultT: ...
+
+
+class Writer(Protocol):
+    """Writes the parts of replies to a terminal or a pipe."""
+
+    def write_text(self, text: str) -> None: ...
+
+    def write_call(self, text: str) -> None:
+        """Write a part of a tool call, as the model writes it."""
+
+    def write_thinking(self, text: str) -> None: ...
+
+    def end_thinking(self) -> None: ...
+
+    def finish(self) -> None:
+        """End a reply. Another one may follow."""
 
 
 def stream_reply(
-    model: erllama.Model, start: Callable[[], erllama.Stream], count_prompt: Callable[[], int]
-) -> erllama.Completion:
-    """Stream a reply to stdout; show thinking, dimmed, in a terminal only.
+    model: erllama.Model,
+    start: Callable[[], ReplyStream[ResultT]],
+    count_prompt: Callable[[], int],
+    writer: Writer | None = None,
+    on_reply: Callable[[erllama.Completion], None] = lambda reply: None,
+) -> ResultT:
+    """Stream a reply to stdout, or the replies of a run of tools.
 
     Args:
         start: returns the stream.
         count_prompt: returns the length of the prompt in tokens, for a progress bar of a long prompt.
+        writer: writes the reply. By default as plain text, with the thinking, dimmed, in a terminal only.
+        on_reply: called with each complete reply.
 
     Returns:
-        the complete reply. Its finish_reason is "cancelled" if Ctrl-C ended it.
+        the result of the stream. The finish_reason of its reply is "cancelled" if Ctrl-C ended it.
     """
-    writer = _ReplyWriter()
+    writer = writer or PlainWriter()
     with _prompt_progress(model, count_prompt) as remove_bar:
         stream = start()
         with stream, _cancel_on_interrupt(stream):
-            for event in stream:
-                match event:
-                    case erllama.TextDelta() | erllama.ToolCallDelta():
-                        remove_bar()
-                        writer.write_text(event.text)
-                    case erllama.ThinkingDelta():
-                        remove_bar()
-                        writer.write_thinking(event.text)
-                    case erllama.ThinkingEnd():
-                        writer.end_thinking()
-            remove_bar()
-            writer.finish()
+            try:
+                for event in stream:
+                    remove_bar()
+                    _write_event(writer, event)
+                    if isinstance(event, erllama.Done):
+                        on_reply(event.completion)
+            finally:
+                remove_bar()
+                writer.finish()
             return stream.result()
 
 
-class _ReplyWriter:
-    """Writes the parts of one reply, and keeps track of dimmed text and line ends."""
+def _write_event(writer: Writer, event: object) -> None:
+    match event:
+        case erllama.TextDelta():
+            writer.write_text(event.text)
+        case erllama.ToolCallDelta():
+            writer.write_call(event.text)
+        case erllama.ThinkingDelta():
+            writer.write_thinking(event.text)
+        case erllama.ThinkingEnd():
+            writer.end_thinking()
+        case erllama.Done():
+            writer.finish()
+        case erllama.ToolResult():
+            print_dimmed(f"{one_line(event.call.name)}: {_shortened(one_line(event.content))}")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_OF_RESULT else f"{text[:_MOST_OF_RESULT]}… ({len(text):,} characters)"
+
+
+class PlainWriter:
+    """Writes replies as plain text, and keeps track of dimmed text and line ends."""
 
     def __init__(self) -> None:
         self._shows_thinking = is_terminal() and not rich_console().is_dumb_terminal
@@ -63,6 +131,9 @@ class _ReplyWriter:
     def write_text(self, text: str) -> None:
         self.end_thinking()
         self._write(text)
+
+    def write_call(self, text: str) -> None:
+        self.write_text(text)
 
     def write_thinking(self, text: str) -> None:
         if self._shows_thinking and text:
@@ -105,7 +176,7 @@ def _prompt_progress(model: erllama.Model, count_prompt: Callable[[], int]) -> I
 
 
 @contextmanager
-def _cancel_on_interrupt(stream: erllama.Stream) -> Iterator[None]:
+def _cancel_on_interrupt(stream: Cancellable) -> Iterator[None]:
     """Cancel the stream on the first Ctrl-C; a second one ends the command."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
@@ -130,14 +201,16 @@ def tokens_per_second(n_tokens: int, seconds: float) -> float:
 
 
 def statistics_line(reply: erllama.Completion) -> str:
-    """Return a line such as "42 tokens, 31.0 tok/s, prompt 512 (498 cached, disk), 0.12 s to first token"."""
+    """Return "42 tokens, 31.0 tok/s, 498 of 512 prompt tokens from disk, 0.12 s to first token"."""
     timings, cache = reply.timings, reply.cache
     speed = tokens_per_second(timings.decode_tokens, timings.decode)
-    cached = f" ({cache.tokens} cached, {cache.tier})" if cache.tokens else " (none cached)"
+    prompt = format_count(prompt_tokens(reply), "prompt token")
+    if cache.tokens:
+        prompt = f"{cache.tokens:,} of {prompt} from {_PLACES.get(cache.tier or '', cache.tier)}"
     parts = [
         format_count(len(reply.tokens), "token"),
         *([f"{speed:.1f} tok/s"] if speed else []),
-        f"prompt {prompt_tokens(reply)}{cached}",
+        prompt if cache.tokens else f"{prompt}, none cached",
         f"{timings.queued + timings.restore + timings.prefill:.2f} s to first token",
     ]
     if reply.finish_reason not in ("stop", "tool_calls"):

@@ -17,6 +17,8 @@ _TCP = re.compile(r"tcp://(\[[0-9A-Fa-f:.%]+\]|[^:/\[\]\s]+):(\d{1,5}|\*)")
 # Paths of UNIX sockets have at most 108 bytes, with the byte that ends them.
 _LONGEST_PATH = 107
 _SMALLEST_BLOCK = 4
+# Every replica has all blocks of a bucket, so they do not tell replicas apart, and there may be very many.
+_SHARED_TIER = "remote"
 _LARGEST_BLOCK = 4096
 
 
@@ -33,7 +35,7 @@ class KvEvents:
             `address`, or its path with ".replay".
         block_size: tokens per block of the events; a divisor of the cache's block size. The routers must know it.
         topic: the first frame of each message.
-        tiers: names of the cache's tiers to report; None for all.
+        tiers: names of the cache's tiers to report; None for all but the remote tier, which all replicas share.
         replay_batches: maximum number of batches that are kept for replays. A snapshot replaces older ones.
         replay_bytes: maximum bytes of those batches.
         max_pending: maximum number of changes that wait for the publisher. Beyond it, all blocks are announced
@@ -110,6 +112,10 @@ class KvEvents:
                 f"kv_events: block_size={self.block_size} does not divide the cache's block size, {block_size}; "
                 f"pass one of {', '.join(map(str, divisors)) or block_size}"
             )
+
+    def reports(self, tier: str) -> bool:
+        """Return whether the blocks of the tier with a name are reported."""
+        return tier != _SHARED_TIER if self.tiers is None else tier in self.tiers
 
     @property
     def addresses(self) -> tuple[str, str]:
@@ -189,5 +195,5 @@ def _tier_names(tiers: object) -> tuple[str, ...]:
         if not isinstance(name, str) or not name.isidentifier():
             raise OptionError(f"kv_events: tiers has {shown(name)}; pass names such as 'ram' and 'disk'")
     if not names:
-        raise OptionError("kv_events: tiers is empty; pass at least one name, or leave it out for all tiers")
+        raise OptionError("kv_events: tiers is empty; pass at least one name, or leave it out")
     return names

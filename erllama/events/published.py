@@ -88,12 +88,10 @@ class PublishedBlocks:
 
     Args:
         block_size: tokens of the events' blocks.
-        tiers: the tiers to report; None for all.
     """
 
-    def __init__(self, block_size: int, tiers: Iterable[str] | None = None) -> None:
+    def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self._tiers = None if tiers is None else frozenset(tiers)
         self._held: dict[bytes, _Held] = {}
         self._children: dict[
             bytes, dict[bytes, None]
@@ -111,11 +109,10 @@ class PublishedBlocks:
         """Record changes of the cache, and return the events that report them."""
         events: list[Event] = []
         for tier, block, stored in changes:
-            if self._tiers is None or tier in self._tiers:
-                if stored:
-                    self._store(tier, block, events)
-                else:
-                    self._remove(tier, block.key, events)
+            if stored:
+                self._store(tier, block, events)
+            else:
+                self._remove(tier, block.key, events)
         return events
 
     def replace(self, changes: Iterable[BlockChange]) -> None:

@@ -56,6 +56,11 @@ _LINGER_MS = 200  # to send what waits when the sockets are closed
 # this subscriber, which sees a gap and asks for a replay.
 _HIGH_WATER_MARK = 1000
 _BATCH_TOKENS = 8192
+# An announcement longer than this waits after each further _PACE_BATCHES, so that a subscriber that keeps up loses
+# nothing: 500 batches a second, or 16,000 blocks.
+_PACE_AFTER = 500
+_PACE_BATCHES = 50
+_PACE_SECONDS = 0.1
 _MAX_REPLAYS = 64  # at once; further requests wait in the socket
 _REPLAY_SECONDS = 30.0  # without progress, after which a replay is dropped
 _MESSAGES_A_TURN = 256  # of replays, between two looks at the log
@@ -111,7 +116,7 @@ class Publisher:
         options.check_block_size(cache.block_size)
         self._options, self._cache, self._name = options, cache, name
         self._topic = options.topic.encode()
-        self._blocks = PublishedBlocks(options.block_size, options.tiers)
+        self._blocks = PublishedBlocks(options.block_size)
         self._buffer = ReplayBuffer(options.replay_batches, int(options.replay_bytes))
         self._replays: deque[Replay] = deque()
         self._number = 0  # of the next batch
@@ -140,7 +145,9 @@ class Publisher:
         except BaseException:
             self._close_sockets()
             raise
-        self._log: BlockLog = cache.open_block_log(namespace, limit=options.max_pending, wake=self._wake)
+        self._log: BlockLog = cache.open_block_log(
+            namespace, limit=options.max_pending, wake=self._wake, reports=options.reports
+        )
         self._thread = threading.Thread(target=self._run, name=f"erllama-events-{name}", daemon=True)
         self._thread.start()
 
@@ -297,9 +304,16 @@ class Publisher:
 
     def _announce(self, pub: zmq.Socket[bytes]) -> None:
         """Send all blocks to all subscribers, which forget what they knew."""
-        self._announced, self._announce_at = time.monotonic(), math.inf
-        for payload in payloads(self._blocks, self._blocks.located()):
+        for n_sent, payload in enumerate(payloads(self._blocks, self._blocks.located())):
+            if n_sent >= _PACE_AFTER and n_sent % _PACE_BATCHES == 0:
+                self._pause()
+            if self._stopping:
+                break
             self._send_payload(pub, payload)
+        self._announced, self._announce_at = time.monotonic(), math.inf
+
+    def _pause(self) -> None:
+        time.sleep(_PACE_SECONDS)
 
     def _read_log(self, pub: zmq.Socket[bytes]) -> None:
         """Send the changes since the last call; all blocks if the log has lost some."""

@@ -125,6 +125,10 @@ class FleetConfig:
                 hint = f"; pass {instead} of the fleet" if instead else "; a fleet sets it itself"
                 raise OptionError(f"options has {name!r}{hint}")
         integer("n_seq_max", self.options.get("n_seq_max", 4), 1)
+        if self.options.get("n_ctx") == "fit":
+            raise OptionError(
+                'options has n_ctx="fit", and each replica would have another context; pass a number of tokens'
+            )
         for name in ("ram_file", "disk"):
             for directory in _directories(self.cache.get(name)):
                 if "{" in directory.replace(_RANK, ""):
@@ -145,8 +149,8 @@ class FleetConfig:
     def model_options(self) -> dict[str, object]:
         """Return the options of `load_model` for the replicas.
 
-        Their KV is interchangeable only if the file is named by its content. Without a disk, that is a part of the
-        content, so that no replica has to read the whole file.
+        Their KV is interchangeable only if the file is named by its content. If no KV outlives them, that is a part
+        of the content, so that no replica has to read the whole file.
         """
         found = dict(self.options)
         if "fingerprint" not in found and not self.is_persistent:
@@ -155,8 +159,8 @@ class FleetConfig:
 
     @property
     def is_persistent(self) -> bool:
-        """Whether the replicas' caches outlive them on their machines."""
-        return bool(self.cache.get("disk") or self.cache.get("ram_file"))
+        """Whether KV outlives the replicas, on their machines or in a remote tier."""
+        return any(self.cache.get(name) for name in ("disk", "ram_file", "remote"))
 
     def cache_options(self, rank: int) -> dict[str, object]:
         """Return the options of `Cache` for one replica."""

@@ -1,7 +1,7 @@
 """Subscribes to the KV events of replicas: one thread per process, with two ZeroMQ sockets per replica.
 
 Replicas report the addresses of their events with their load. A new replica's blocks are asked for as a replay from
-the beginning, and so are messages that were lost. An event that cannot be read is logged and skipped: routing is
+the beginning, and so are messages that were lost. A message that cannot be read is logged and skipped: routing is
 less exact then, and requests are not affected.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from erllama._runtime.log import logger
 from erllama.checks import import_optional
-from erllama.fleet.kv_events import KvEvent, KvEventError, decode_batch
+from erllama.fleet.kv_events import AllBlocksCleared, KvEvent, KvEventError, decode_batch
 
 if TYPE_CHECKING:
     import zmq
@@ -59,7 +59,7 @@ class EventSubscriber:
 
     Attributes:
         n_gaps: how often messages were lost and asked for again.
-        n_unreadable: messages that were no events.
+        n_unreadable: messages that were no events, or that `apply` failed with.
 
     Raises:
         MissingPackage: pyzmq is not installed.
@@ -70,6 +70,7 @@ class EventSubscriber:
         self._apply = apply
         self._lock = threading.Lock()
         self._wanted: dict[str, Addresses] = {}
+        self._left: set[str] = set()  # left since the last `_connect`, and may have returned
         self._sources: dict[str, _Source] = {}
         self._stopping = False
         self._process = os.getpid()
@@ -82,10 +83,14 @@ class EventSubscriber:
         self._thread.start()
 
     def set_replicas(self, addresses: Mapping[str, Addresses]) -> None:
-        """Subscribe to these replicas and to no others. Never waits."""
+        """Subscribe to these replicas and to no others. Never waits.
+
+        A replica that was left out once is subscribed to anew, so that all its blocks are replayed.
+        """
         with self._lock:
             if self._wanted == addresses:
                 return
+            self._left |= self._wanted.keys() - addresses.keys()
             self._wanted = dict(addresses)
         self._wake()
 
@@ -111,6 +116,8 @@ class EventSubscriber:
                 self._read()
         except Exception:
             log.exception("reading KV events failed; requests are routed without them from now on")
+            for name in self._sources:  # what they hold changes unnoticed from now on
+                self._pass_on(name, (AllBlocksCleared(),))
         finally:
             for source in self._sources.values():
                 source.close()
@@ -121,9 +128,12 @@ class EventSubscriber:
     def _connect(self) -> None:
         """Open the sockets of new replicas, and close those of replicas that are gone."""
         with self._lock:
-            wanted = dict(self._wanted)
-        for name in [name for name, each in self._sources.items() if wanted.get(name) != each.addresses]:
-            self._sources.pop(name).close()
+            wanted, left = dict(self._wanted), self._left
+            self._left = set()
+        for name, source in list(self._sources.items()):
+            if name in left or wanted.get(name) != source.addresses:
+                del self._sources[name]
+                source.close()
         for name, addresses in wanted.items():
             if name not in self._sources:
                 try:
@@ -200,7 +210,7 @@ class EventSubscriber:
                 self.n_gaps += 1
                 self._ask(source, source.next)
                 return  # the replay has this message, too
-            self._pass_on(name, source, number, frames[2])
+            self._decode(name, source, number, frames[2])
 
     def _read_replay(self, name: str, source: _Source) -> None:
         for _ in range(_MESSAGES_A_TURN):
@@ -214,7 +224,7 @@ class EventSubscriber:
                 return
             number = self._number(name, frames[1:], 3)
             if number is not None and (source.next is None or number >= source.next):
-                self._pass_on(name, source, number, frames[3])
+                self._decode(name, source, number, frames[3])
 
     def _number(self, name: str, frames: list[bytes], n_frames: int) -> int | None:
         if len(frames) != n_frames or len(frames[1]) != 8:
@@ -223,7 +233,7 @@ class EventSubscriber:
             return None
         return int.from_bytes(frames[1], "big")
 
-    def _pass_on(self, name: str, source: _Source, number: int, payload: bytes) -> None:
+    def _decode(self, name: str, source: _Source, number: int, payload: bytes) -> None:
         source.next = number + 1
         try:
             events = decode_batch(payload)
@@ -232,4 +242,11 @@ class EventSubscriber:
             log.warning("replica %s: %s", name, error)
             return
         if events:
+            self._pass_on(name, events)
+
+    def _pass_on(self, name: str, events: tuple[KvEvent, ...]) -> None:
+        try:
             self._apply(name, events)
+        except Exception:  # one replica's message must not end the events of all
+            self.n_unreadable += 1
+            log.exception("a message of KV events of replica %s had no effect, or a part of it", name)

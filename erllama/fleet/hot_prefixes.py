@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +27,20 @@ class HotPrefix(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A block: how many requests had it, and the tokens up to its end."""
+    """A block.
+
+    Attributes:
+        uses: how many requests had it.
+        number: its place in their prompts, from 1.
+        parent: key of the block before it; None for the first.
+        tokens: its own, as bytes of int32.
+    """
 
     uses: int
+    number: int
     parent: bytes | None
     salt: str | None
-    tokens: Tokens
+    tokens: bytes
 
 
 class HotPrefixes:
@@ -51,14 +60,15 @@ class HotPrefixes:
 
         Args:
             keys: of its prompt, from `PrefixIndex.keys`.
-            tokens: of its prompt, shape (n,). Not changed later.
+            tokens: of its prompt, shape (n,).
         """
-        entries = self._entries
-        for number, key in enumerate(keys[: self._max_tracked], 1):
+        entries, size = self._entries, self._block_tokens
+        for number, (parent, key) in enumerate(pairwise([None, *keys[: self._max_tracked]]), 1):
+            assert key is not None
             entry = entries.get(key)
             if entry is None:
-                parent = keys[number - 2] if number > 1 else None
-                entries[key] = _Entry(1, parent, salt, tokens[: number * self._block_tokens])
+                own = tokens[(number - 1) * size : number * size].astype(np.int32, copy=False).tobytes()
+                entries[key] = _Entry(1, number, parent, salt, own)
             else:
                 entries[key] = entry._replace(uses=entry.uses + 1)
         for key in reversed(keys[: self._max_tracked]):
@@ -79,5 +89,13 @@ class HotPrefixes:
             if entry.parent in shared and shared[entry.parent].uses == entry.uses
         }
         longest = [entry for key, entry in shared.items() if key not in longer]
-        longest.sort(key=lambda entry: (-entry.uses, -len(entry.tokens)))
-        return [HotPrefix(entry.salt, np.array(entry.tokens), entry.uses) for entry in longest[:n]]
+        longest.sort(key=lambda entry: (-entry.uses, -entry.number))
+        return [HotPrefix(entry.salt, self._prefix(entry), entry.uses) for entry in longest[:n]]
+
+    def _prefix(self, last: _Entry) -> Tokens:
+        """Return the tokens up to the end of a block. The blocks before it are tracked: they are dropped later."""
+        entry, blocks = last, [last.tokens]
+        while entry.parent is not None:
+            entry = self._entries[entry.parent]
+            blocks.append(entry.tokens)
+        return np.frombuffer(b"".join(reversed(blocks)), np.int32)

@@ -25,6 +25,7 @@ Tokens = NDArray[np.int32]
 _MEDIA = {"GPU": 1, "CPU": 2, "DISK": 4}
 _ASSUMED = 8
 _FAST = 1 | 2 | _ASSUMED
+_MAX_TOKEN = 2**31 - 1
 
 
 class CachedPrefix(NamedTuple):
@@ -53,7 +54,8 @@ class PrefixIndex:
         clock: returns the time in seconds.
 
     Attributes:
-        ignored_events: events without effect: the parent is unknown, or the size of the blocks does not fit.
+        ignored_events: events without effect: the parent is unknown, the size of the blocks does not fit, or a
+            number is no token id.
     """
 
     def __init__(
@@ -94,7 +96,8 @@ class PrefixIndex:
         per_block, rest = divmod(event.block_size, self.block_tokens)
         parent = () if event.parent_block_hash is None else known.get(event.parent_block_hash)
         fits = not rest and per_block and len(event.token_ids) == len(event.block_hashes) * event.block_size
-        if not fits or parent is None or event.is_of_adapter:
+        are_ids = min(event.token_ids, default=0) >= 0 and max(event.token_ids, default=0) <= _MAX_TOKEN
+        if not fits or not are_ids or parent is None or event.is_of_adapter:
             self.ignored_events += 1
             return
         key = parent[-1] if parent else b""

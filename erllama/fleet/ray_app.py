@@ -51,7 +51,6 @@ class FleetReplica:
 
     async def run(self, request: str, body: bytes, identity: str) -> AsyncIterator[tuple[str, list[bytes]]]:
         """Run a request; see `Replica.run`. Every item has the name of the replica."""
-        yield self._name, []
         replies = self._replica.run(request, body, identity)
         try:
             async for bodies in replies:

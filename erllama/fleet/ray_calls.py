@@ -74,6 +74,6 @@ def _ray_errors() -> Iterator[None]:
         cause = getattr(error, "cause", None)
         if isinstance(cause, Error):
             raise cause from None
-        raise ReplicaLost(f"{type(error).__name__}: {str(error).splitlines()[-1]}") from error
+        raise ReplicaLost.of(error, -1) from error
     except (RayError, RayServeException) as error:
-        raise ReplicaLost(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise ReplicaLost.of(error, 0) from error

@@ -13,8 +13,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, suppress
 
 from erllama._model.model import Model
 from erllama._process.model_calls import ModelCalls
@@ -128,7 +128,8 @@ class Replica:
         self._model, self._runner, self._name = model, runner, name
         self._backend: Backend = model._backend
         self._calls = ModelCalls(self._backend, model.cache, runner)
-        self._requests: dict[str, ReplicaRequest] = {}
+        self._requests: dict[str, ReplicaRequest | None] = {}  # None while the options are checked
+        self._cancelled: set[str] = set()  # of those, the requests that were cancelled
         self._lock = threading.Lock()
         self._closed = False
         self.identity = identity_of(self._backend.namespace, self._backend.recipe)
@@ -140,16 +141,31 @@ class Replica:
     async def run(self, request: str, body: bytes, identity: str) -> AsyncIterator[list[bytes]]:
         """Run a request, and yield messages until it has ended. Closing the iterator cancels it.
 
+        The first item is empty and comes at once: from then on, `cancel` has an effect.
+
         Args:
             request: names it in `cancel`.
             body: an encoded `Submit`.
             identity: of the model that the ingress has tokenized for. With another one, the request is refused.
         """
-        message = m.decode_from_parent(body)
-        assert isinstance(message, m.Submit)
-        if refusal := self._refusal(identity):
-            yield [m.encode(m.Refused(message.id, pack_error(refusal)))]
-            return
+        with self._lock:
+            self._requests[request] = None
+        try:
+            yield []
+            message = m.decode_from_parent(body)
+            assert isinstance(message, m.Submit)
+            if refusal := self._refusal(identity):
+                yield [m.encode(m.Refused(message.id, pack_error(refusal)))]
+                return
+            async with aclosing(self._run(request, message)) as replies:
+                async for bodies in replies:
+                    yield bodies
+        finally:
+            with self._lock:
+                self._requests.pop(request, None)
+                self._cancelled.discard(request)
+
+    async def _run(self, request: str, message: m.Submit) -> AsyncGenerator[list[bytes]]:
         try:
             # Grammars are checked here, which takes a while.
             options = await asyncio.to_thread(unpack_options, message.options)
@@ -164,6 +180,8 @@ class Replica:
         running = ReplicaRequest(message, ticket)
         with self._lock:
             self._requests[request] = running
+            if request in self._cancelled:
+                ticket.cancel()
         try:
             await asyncio.to_thread(self._submit, running)
             async for bodies in running.bodies():
@@ -171,8 +189,6 @@ class Replica:
         finally:
             if not ticket.done:
                 ticket.cancel()
-            with self._lock:
-                self._requests.pop(request, None)
 
     def _submit(self, running: ReplicaRequest) -> None:
         try:
@@ -194,8 +210,10 @@ class Replica:
         """End a request early; its reply so far follows."""
         with self._lock:
             running = self._requests.get(request)
-        if running is not None:
-            running.ticket.cancel()
+            if running is not None:
+                running.ticket.cancel()
+            elif request in self._requests:
+                self._cancelled.add(request)
 
     # --- calls -------------------------------------------------------------------------------------
 
@@ -245,7 +263,7 @@ class Replica:
     def report(self) -> ReplicaReport:
         """Return the replica's load. Looks up the prompts that are not computed yet."""
         with self._lock:
-            running = list(self._requests.values())
+            running = [each for each in self._requests.values() if each is not None]
         tokens, slots = 0, self._model._n_seq_max
         for place, each in enumerate(running):
             if each.has_begun:

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from functools import partial
@@ -38,6 +39,7 @@ from erllama.engine.requests.ticket import Waker
 from erllama.errors import (
     CalledFromModelThread,
     Error,
+    ModelFailed,
     ModelMismatch,
     ModelUnloaded,
     QueueFull,
@@ -45,6 +47,7 @@ from erllama.errors import (
     SessionBusy,
     Unsupported,
 )
+from erllama.fleet.cancelled_reply import end_cancelled
 from erllama.fleet.drains import DrainTable
 from erllama.fleet.prefix_router import PrefixRouter
 from erllama.fleet.transport import Received, ReplicaCalls, ReplicaLost, WirePrefix
@@ -55,9 +58,13 @@ _T = TypeVar("_T")
 
 # A request that this many replicas in a row did not survive, without a new token between them, is not sent again.
 _MAX_DEATHS = 2
-# A request that this many replicas in a row refused, since they stop or have another model, fails.
-_MAX_REFUSALS = 8
-_RETRY_SECONDS = 0.05  # before a request is sent again: the router may not know yet that a replica has ended
+# A request that was sent this often in a row, without a new token between, fails: replicas refused it, since they
+# stop or have another model, or it reached none.
+_MAX_TRIES = 10
+# Before a request is sent again: the router may not know yet that a replica has ended. The time doubles each time.
+_RETRY_SECONDS = 0.05
+_MAX_RETRY_SECONDS = 5.0
+_MAX_SESSIONS = 1 << 16  # whose replicas are known; then those used longest ago are forgotten
 
 
 class _Moved(Exception):  # noqa: N818
@@ -80,6 +87,8 @@ class _Running:
         self.replica: str | None = None
         self.consumer: asyncio.Task[None] | None = None
         self.has_ended = False
+        self.tries = 0  # that failed in a row, without a new token
+        self.cancelled = asyncio.Event()
 
 
 class FleetRunner:
@@ -119,7 +128,7 @@ class FleetRunner:
         self._prefix = uuid.uuid4().hex[:12]
         self._running: dict[int, _Running] = {}
         self._sessions: dict[tuple[str | None, str], int] = {}  # those of running requests
-        self._session_replicas: dict[tuple[str | None, str], str] = {}
+        self._session_replicas: OrderedDict[tuple[str | None, str], str] = OrderedDict()
         self._drains = DrainTable(drain_seconds)
         self._wakers: set[Waker] = set()
         self._metrics = EngineMetrics()
@@ -305,30 +314,62 @@ class FleetRunner:
 
     async def _serve(self, running: _Running) -> None:
         """Run a request until it has ended, on one replica after another."""
-        request, refusals = running.request, 0
         try:
             while not running.has_ended:
+                if running.request.ticket.cancelled:
+                    self._end_cancelled(running)
+                    return
                 try:
                     await self._send(running)
                 except _Moved:
                     self._count_move(running, "stops")
                 except ReplicaLost as error:
-                    request.deaths += 1
-                    if request.deaths >= _MAX_DEATHS:
-                        raise self._crashed(error) from error
-                    self._count_move(running, f"was lost ({error})")
-                    await asyncio.sleep(_RETRY_SECONDS)
+                    self._check_loss(running, error)
+                    await self._pause(running)
                 except _Refused as refused:
-                    refusals += 1
-                    if refusals >= _MAX_REFUSALS or not self._is_retriable(refused.error):
+                    running.tries += 1
+                    if running.tries >= _MAX_TRIES or not self._is_retriable(refused.error):
                         raise refused.error from None
-                    await asyncio.sleep(_RETRY_SECONDS)
+                    await self._pause(running)
         except asyncio.CancelledError:
             self._fail(running, ModelUnloaded(f"model {self._name!r} was unloaded while the request ran or waited"))
         except Exception as error:
             if not isinstance(error, Error):
                 log.exception("a request of model %r failed unexpectedly", self._name)
             self._fail(running, error)
+
+    def _check_loss(self, running: _Running, error: ReplicaLost) -> None:
+        """Count the end of a request's replica, or that it reached none. Raise an error if that was too often."""
+        if running.request.ticket.cancelled:
+            return
+        running.tries += 1
+        if running.replica is not None:
+            running.request.deaths += 1
+            if running.request.deaths >= _MAX_DEATHS:
+                raise self._crashed(error) from error
+            self._count_move(running, f"was lost ({error})")
+        elif running.tries >= _MAX_TRIES:
+            raise ModelFailed(
+                f"a request reached no replica of model {self._name!r} in {running.tries} tries ({error}); see the "
+                "logs of the replicas"
+            ) from error
+        else:
+            log.warning("a request reached no replica (%s) and is sent again", error)
+
+    async def _pause(self, running: _Running) -> None:
+        """Wait before a request is sent again, at most until its deadline. A cancellation ends the wait."""
+        delay = min(_RETRY_SECONDS * 2 ** (max(running.tries, 1) - 1), _MAX_RETRY_SECONDS)
+        left = self._seconds_left(running.request)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(running.cancelled.wait(), delay if left is None else min(delay, left))
+
+    def _end_cancelled(self, running: _Running) -> None:
+        """End a request that was cancelled while no replica ran it."""
+        assert self._backend is not None
+        self._forget(running)
+        end_cancelled(running.request, self._backend.vocabulary, self._backend.limits.n_ctx)
+        self._metrics.count_finished(running.request.ticket.outcome().finish_reason)
+        self._wake()
 
     def _count_move(self, running: _Running, reason: str) -> None:
         running.request.restarts += 1
@@ -367,7 +408,7 @@ class FleetRunner:
                 raise request.late_error()
             if not consumer.cancelled():
                 consumer.result()
-            if not running.has_ended:
+            if not running.has_ended and not (consumer.cancelled() and running.replica is None):
                 raise _Moved if consumer.cancelled() else ReplicaLost("the stream of its reply ended early")
         finally:
             if not consumer.done():
@@ -401,13 +442,14 @@ class FleetRunner:
             self._arrange_moves()
             session = _session(running.request.ticket)
             if session is not None:
-                self._session_replicas[session] = received.replica
+                self._remember(session, received.replica)
             if running.request.ticket.cancelled:
                 self._cancel_soon(running.request.id)
         for body in received.bodies:
             if body[0] == MARK:
                 for entry in decode_tokens(body):
                     running.request.add_token(entry)
+                running.tries = 0
                 self._router.begun(running.name)
                 continue
             message = m.decode_from_child(body)
@@ -418,6 +460,14 @@ class FleetRunner:
                     self._apply(running, update)
         self._wake()
 
+    def _remember(self, session: tuple[str | None, str], replica: str) -> None:
+        """Note the replica of a session's latest request."""
+        with self._lock:
+            self._session_replicas[session] = replica
+            self._session_replicas.move_to_end(session)
+            while len(self._session_replicas) > _MAX_SESSIONS:
+                self._session_replicas.popitem(last=False)
+
     def _refusal(self, running: _Running, error: Error) -> _Refused:
         if isinstance(error, ModelMismatch) and running.replica is not None:
             self._router.refuse(running.replica)
@@ -427,6 +477,8 @@ class FleetRunner:
         request = running.request
         if update.progress is not None and update.progress.hit is not None and request.hit is None:
             self._last_hit = unpack_hit(update.progress.hit)
+        if update.progress is not None and update.progress.tokens:
+            running.tries = 0
         self._router.begun(running.name)
         if update.error is not None:
             error = unpack_error(update.error)
@@ -470,7 +522,13 @@ class FleetRunner:
 
     def _cancel(self, id: int) -> None:
         running = self._running.get(id)
-        if running is not None and running.replica is not None:
+        if running is None:
+            return
+        running.cancelled.set()
+        if running.replica is None:
+            if running.consumer is not None:
+                running.consumer.cancel()  # then `_serve` ends the request
+        else:
             self._spawn(self._cancel_on(running, running.replica, running.name))
 
     async def _cancel_on(self, running: _Running, replica: str, name: str) -> None:
@@ -487,8 +545,12 @@ class FleetRunner:
     # --- replicas that come and go -------------------------------------------------------------------
 
     def _replicas_changed(self, serving: tuple[str, ...]) -> None:
-        new, _ = self._drains.update(serving, time.monotonic())
-        if self._n_hot:
+        new, left = self._drains.update(serving, time.monotonic())
+        if left:
+            with self._lock:
+                for session in [each for each, replica in self._session_replicas.items() if replica in left]:
+                    del self._session_replicas[session]
+        if new and self._n_hot:
             prefixes = [WirePrefix(each.salt, pack_ids(each.tokens)) for each in self._router.hottest(self._n_hot)]
             for replica in new if prefixes else ():
                 self._spawn(self._warm(replica, prefixes))
@@ -557,7 +619,8 @@ class FleetRunner:
         session = (cache_salt, session_id)
         if session in self._sessions:
             raise SessionBusy(f"a request of session {session_id!r} is running; wait for its end")
-        replica = self._session_replicas.pop(session, None)
+        with self._lock:
+            replica = self._session_replicas.pop(session, None)
         if replica is None or replica not in self._router.serving:
             return False
         body = m.encode(m.EndSession(next(self._numbers), session_id, cache_salt))

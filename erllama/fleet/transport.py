@@ -13,6 +13,12 @@ from erllama.errors import Error
 class ReplicaLost(Error):  # noqa: N818
     """A replica ended while it ran a request, or cannot be reached."""
 
+    @classmethod
+    def of(cls, error: BaseException, line: int) -> ReplicaLost:
+        """Return the error that stands for another one: its type, and one line of its text, which may be empty."""
+        kind, lines = type(error).__name__, str(error).splitlines()
+        return cls(f"{kind}: {lines[line]}" if lines else kind)
+
 
 class WirePrefix(Struct, frozen=True, array_like=True):
     """A prefix to load from the cache: its salt, and its tokens as int32, little-endian."""

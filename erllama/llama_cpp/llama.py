@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal, Never, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._model.default_cache import default_cache
 from erllama._model.load import load_model
 from erllama._model.model import Model
 from erllama._model.requests.scoring import infill_prompt
 from erllama.cache import Cache
 from erllama.checks import import_optional, integer, shown
 from erllama.errors import OptionError, PromptError, Unsupported
-from erllama.llama_cpp import constants, hub
+from erllama.llama_cpp import constants
 from erllama.llama_cpp.chats import ChatRun, clean_messages, format_schema, tool_options
 from erllama.llama_cpp.completions import TextCompletion
-from erllama.llama_cpp.default_cache import default_cache
 from erllama.llama_cpp.generation import TokenLevel
 from erllama.llama_cpp.llama_cache import BaseLlamaCache
 from erllama.llama_cpp.llama_chat_format import STOPS, template_of
@@ -43,6 +43,7 @@ from erllama.llama_cpp.sampling import (
     seed_of,
 )
 from erllama.llama_cpp.tool_prompting import needs_tool_prompt, with_tool_prompt
+from erllama.models.download.hub import StrPath, pull_from_hub
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -582,9 +583,9 @@ class Llama(TokenLevel):
         repo_id: str,
         filename: str,
         additional_files: list[str] | None = None,
-        local_dir: hub.StrPath | None = None,
+        local_dir: StrPath | None = None,
         local_dir_use_symlinks: bool | Literal["auto"] = "auto",
-        cache_dir: hub.StrPath | None = None,
+        cache_dir: StrPath | None = None,
         **kwargs: Any,  # noqa: ANN401 - the options of Llama
     ) -> Llama:
         """Download a model from the Hugging Face hub, unless it is on this machine, and load it.
@@ -592,19 +593,26 @@ class Llama(TokenLevel):
         Args:
             repo_id: the repository, such as "org/name".
             filename: the model file, or a pattern that one file matches, such as "*Q4_K_M.gguf".
-            additional_files: further files, such as the other parts of a split model.
+            additional_files: further files, or patterns that one file each matches. All parts of a split model are
+                downloaded without it.
             local_dir: directory for the files. None for the hub's cache.
             local_dir_use_symlinks: only "auto": the hub no longer has this option.
             cache_dir: directory of the hub's cache.
             kwargs: options of `Llama`.
 
         Raises:
-            OptionError: no file, or more than one, matches.
+            DownloadError: no model, or more than one, matches; or the download fails, or its digest is wrong.
             MissingPackage: huggingface_hub is not installed.
         """
         if local_dir_use_symlinks != "auto":
             raise OptionError("local_dir_use_symlinks cannot be honoured: huggingface_hub removed it; leave it out")
-        path = hub.download(repo_id, filename, additional_files or (), local_dir=local_dir, cache_dir=cache_dir)
+        path = pull_from_hub(
+            repo_id,
+            filename,
+            cache_dir=cache_dir,
+            local_dir=local_dir,
+            additional_files=additional_files or (),
+        )
         return cls(path, **kwargs)
 
     @staticmethod

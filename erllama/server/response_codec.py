@@ -2,7 +2,7 @@
 
 `ResponseStore` owns a codec. A database has one current key. When it is opened with a key file whose newest key is
 another one, all responses are encrypted again. `erllama cache rekey` does that while a server uses the database.
-The server then reads the key file again.
+The server then reads the key file again. A server without a key file uses the database no more.
 """
 
 from __future__ import annotations
@@ -22,22 +22,28 @@ FORMAT, ENCRYPTED_FORMAT = 1, 2  # user_version of the database
 class ResponseCodec:
     """Stores responses as they are."""
 
+    _path: Path | None = None
+
     def prepare(self, database: sqlite3.Connection, path: Path | None) -> None:
         """Check that the database is not encrypted, within a transaction.
 
         Raises:
             CacheKeyError: it is.
         """
-        if _format_of(database) == ENCRYPTED_FORMAT:
-            raise CacheKeyError(f"the stored responses in {path} are encrypted; set the key_file of the cache")
+        self._path = path
+        self._check(database)
         database.execute(f"PRAGMA user_version = {FORMAT}")
 
     def refresh(self, database: sqlite3.Connection) -> None:
-        """Use the current key of the database, within a transaction.
+        """Begin a transaction, and use the current key of the database.
+
+        The key stays the current one until the transaction ends.
 
         Raises:
             CacheKeyError: the key is missing.
         """
+        _begin(database)
+        self._check(database)
 
     def encode(self, content: bytes, id: str, part: str) -> bytes:
         """Return what is stored for a part of the response with an id."""
@@ -51,6 +57,12 @@ class ResponseCodec:
             CacheKeyError: the key is missing.
         """
         return stored
+
+    def _check(self, database: sqlite3.Connection) -> None:
+        if _format_of(database) == ENCRYPTED_FORMAT:
+            raise CacheKeyError(
+                f"the stored responses in {self._path} are encrypted; set the key_file of the cache"
+            )
 
 
 class EncryptedResponses(ResponseCodec):
@@ -98,8 +110,7 @@ class EncryptedResponses(ResponseCodec):
         database.execute(f"PRAGMA user_version = {ENCRYPTED_FORMAT}")
 
     def refresh(self, database: sqlite3.Connection) -> None:
-        if not database.in_transaction:
-            database.execute("BEGIN IMMEDIATE")  # the key stays the current one until the response is stored
+        _begin(database)
         current = _current_key(database)
         if self._encryption.current.key_id != current:
             read = Encryption.of_file(self._key_file)
@@ -119,6 +130,11 @@ def codec_of(key_file: Path | None) -> ResponseCodec:
         CacheKeyError: the file cannot be used.
     """
     return ResponseCodec() if key_file is None else EncryptedResponses(key_file)
+
+
+def _begin(database: sqlite3.Connection) -> None:
+    if not database.in_transaction:
+        database.execute("BEGIN IMMEDIATE")
 
 
 def _format_of(database: sqlite3.Connection) -> int:

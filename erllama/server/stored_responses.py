@@ -12,7 +12,8 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from erllama.errors import CacheError, CacheKeyError, OptionError
+from erllama.server.conduct.errors import ApiError
 from erllama.server.response_codec import ENCRYPTED_FORMAT, FORMAT, ResponseCodec, codec_of
 
 log = logging.getLogger("erllama.server")
@@ -29,6 +31,8 @@ FILE_NAME = "responses.sqlite"
 # A client that sends the whole conversation each time stores it each time, 200 KiB for 40,000 tokens.
 MAX_BYTES = 512 << 20
 MAX_BYTES_IN_MEMORY = 64 << 20
+
+_WAIT_SECONDS = 5.0  # for another process that writes to the database
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
@@ -127,6 +131,11 @@ class ResponseStore:
             self._codec = codec_of(None if path is None else key_file)
             self._database = _open(path, self._codec)
         except (OSError, sqlite3.Error) as error:
+            if _is_busy(error):
+                raise OptionError(
+                    f"the stored responses in {path} cannot be opened: another process is writing to them; start "
+                    "again when it has finished"
+                ) from None
             raise OptionError(
                 f"the stored responses in {path} cannot be opened: {error}; remove the file, or set another "
                 "state_dir"
@@ -141,11 +150,15 @@ class ResponseStore:
             self._finalize()
 
     def save(self, stored: StoredResponse) -> None:
-        """Store a response, and remove others if there are too many. One larger than the limit is dropped."""
+        """Store a response, and remove others if there are too many. One larger than the limit is dropped.
+
+        Raises:
+            ApiError: another process is writing to the database. The client may try again.
+        """
         if not self._max_responses:
             return
         input, response = msgspec.json.encode(stored.input), msgspec.json.encode(stored.response)
-        with self._lock, self._database:
+        with self._transaction():
             try:
                 self._codec.refresh(self._database)
             except CacheKeyError as error:
@@ -168,8 +181,9 @@ class ResponseStore:
 
         Raises:
             MissingResponseError: it is not stored.
+            ApiError: another process is writing to the database. The client may try again.
         """
-        with self._lock, self._database:
+        with self._transaction():
             previous, input, response = self._use(id, owner)
         return StoredResponse(id, owner, previous, msgspec.json.decode(input), msgspec.json.decode(response))
 
@@ -178,9 +192,10 @@ class ResponseStore:
 
         Raises:
             MissingResponseError: one of them is not stored.
+            ApiError: another process is writing to the database. The client may try again.
         """
         found: list[StoredTurn] = []
-        with self._lock, self._database:
+        with self._transaction():
             next_id: str | None = id
             while next_id is not None:
                 previous, input, response = self._use(next_id, owner)
@@ -194,21 +209,33 @@ class ResponseStore:
 
         Raises:
             MissingResponseError: it is not stored.
+            ApiError: another process is writing to the database. The client may try again.
         """
-        with self._lock, self._database:
+        with self._transaction():
             deleted = self._database.execute("DELETE FROM responses WHERE id = ? AND owner = ?", (id, owner))
             if not deleted.rowcount:
                 raise MissingResponseError(id)
 
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            with self._lock, self._database:
+                yield
+        except sqlite3.OperationalError as error:
+            if not _is_busy(error):
+                raise
+            message = "another process is encrypting the stored responses with a new key; try again"
+            raise ApiError("unavailable", message, "responses_busy", retry_after=1) from error
+
     def _use(self, id: str, owner: str) -> tuple[str | None, bytes, bytes]:
         """Return the previous response's id, the input and the response of a response, which counts as used."""
-        row: tuple[str | None, bytes, bytes] | None = self._database.execute(
-            "SELECT previous, input, response FROM responses WHERE id = ? AND owner = ?", (id, owner)
-        ).fetchone()
-        if row is None:
-            raise MissingResponseError(id)
         try:
-            self._codec.refresh(self._database)
+            self._codec.refresh(self._database)  # before the row is read, which may be encrypted again meanwhile
+            row: tuple[str | None, bytes, bytes] | None = self._database.execute(
+                "SELECT previous, input, response FROM responses WHERE id = ? AND owner = ?", (id, owner)
+            ).fetchone()
+            if row is None:
+                raise MissingResponseError(id)
             input, response = self._codec.decode(row[1], id, "input"), self._codec.decode(row[2], id, "response")
         except CacheError as error:
             log.warning("stored response %s cannot be used: %s", id, error)
@@ -242,6 +269,11 @@ def encrypt_again(directory: Path, key_file: Path) -> None:
         database.close()
 
 
+def _is_busy(error: Exception) -> bool:
+    """Return whether SQLite has waited in vain for another process."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF == sqlite3.SQLITE_BUSY
+
+
 def _open(path: Path | None, codec: ResponseCodec) -> sqlite3.Connection:
     """Open a database, and create it if it does not exist. Prompts are private: only the user may read the file."""
     if path is not None:
@@ -251,7 +283,7 @@ def _open(path: Path | None, codec: ResponseCodec) -> sqlite3.Connection:
             os.fchmod(descriptor, 0o600)  # SQLite gives its journal the same mode
         finally:
             os.close(descriptor)
-    database = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False)
+    database = sqlite3.connect(":memory:" if path is None else path, timeout=_WAIT_SECONDS, check_same_thread=False)
     try:
         database.execute("PRAGMA secure_delete = ON")  # the text of a deleted prompt does not stay in the file
         (version,) = database.execute("PRAGMA user_version").fetchone()

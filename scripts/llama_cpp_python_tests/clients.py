@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import erllama.llama_cpp
-from erllama.llama_cpp.default_cache import default_cache
+from erllama._model.default_cache import default_cache
 from scripts.real_models import fetched_models
 
 QUESTION = "What is the capital of France? Answer with one word."

@@ -41,7 +41,7 @@ def test_replies_go_to_stdout_and_statistics_to_stderr(run: Command, model: Path
     assert (first.status, first.out) == (0, "Yes.\n")
     assert "none cached" in first.err
     again = run("run", model, "Is it?", "--stats", *ONE)
-    assert "cached, disk)" in again.err
+    assert " prompt tokens from disk" in again.err
     assert "tokens" in again.err
     assert "s to first token" in again.err
 

@@ -60,7 +60,7 @@ def test_a_conversation_works_in_a_terminal(run: Command, endless: Path) -> None
         screen.wait_for("/quit to leave")
         screen.wait_for(">")
         screen.send("\x04")
-        assert screen.wait_for_end() == 0
+        assert screen.wait_for_end() == 0, screen.text
         assert "Traceback" not in screen.text
         assert "Warning" not in screen.text
     question, answer = json.loads((run.directory.parent / "chat.json").read_text())
@@ -72,8 +72,8 @@ def test_a_conversation_works_in_a_terminal(run: Command, endless: Path) -> None
 
 
 def test_thinking_is_dimmed_and_the_second_turn_is_cached(run: Command, model: Path) -> None:
-    with terminal(run, model, "--no-history", "--max-tokens", 20) as screen:
-        for cached in ("none cached", "cached, "):
+    with terminal(run, model, "--no-history", "--no-markdown", "--max-tokens", 20) as screen:
+        for cached in ("none cached", " prompt tokens from live cells"):
             screen.wait_for(">")
             screen.send("Is it?\r")
             screen.wait_for("hm\n\nYes.")
@@ -81,7 +81,7 @@ def test_thinking_is_dimmed_and_the_second_turn_is_cached(run: Command, model: P
         assert "\x1b[2mhm\x1b[0m" in screen.raw
         screen.wait_for(">")
         screen.send("/quit\r")
-        assert screen.wait_for_end() == 0
+        assert screen.wait_for_end() == 0, screen.text
     assert not (run.directory.parent / "state").exists()
 
 
@@ -100,7 +100,7 @@ def test_tab_completes_commands_and_up_recalls_lines(run: Command, model: Path) 
         screen.wait_for("the system message is set")
         screen.wait_for(">")
         screen.send("\x04")
-        assert screen.wait_for_end() == 0
+        assert screen.wait_for_end() == 0, screen.text
 
 
 # --- through a pipe -----------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_each_line_of_a_pipe_is_a_message(run: Command, model: Path) -> None:
     assert b"\x1b" not in finished.stdout + finished.stderr
     first, second, tokens = finished.stderr.decode().splitlines()
     assert "none cached" in first
-    assert "cached, live)" in second
+    assert " prompt tokens from live cells" in second
     assert "left" in tokens
 
 
@@ -163,7 +163,7 @@ def chat_messages(run: Command, model: Path, *lines: str) -> list[str]:
 def test_help_names_every_command(run: Command, model: Path) -> None:
     lines = chat_messages(run, model, "/help")
     names = {line.split()[0] for line in lines if line.startswith("/")}
-    known = "help system set think regenerate reset save load tokens stats quit"
+    known = "help system set think file model regenerate reset save resume load tokens stats quit"
     assert names == {f"/{name}" for name in known.split()}
 
 

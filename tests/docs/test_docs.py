@@ -18,7 +18,7 @@ import time
 import unittest
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +30,13 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama._model.requests.options import ChatOptions, CompletionOptions
-from erllama.cache import Block, FileTier
+from erllama.cache import Block, Cache, FileTier
+from erllama.cache.blocks.key_file import create_key_file
+from erllama.cache.tiers.key_state import is_encrypted
 from erllama.chat.tool_calls.formats import TOOL_FORMATS
 from erllama.engine import SamplingOptions
 from erllama.engine.backends.stub import StubBackend
+from erllama.events.options import DEFAULT_ADDRESS, KvEvents
 from erllama.llama_cpp import Llama
 from erllama.llama_cpp.llama_chat_format import CHAT_FORMATS
 from erllama.llama_cpp.loading import LEGACY
@@ -42,6 +45,7 @@ from erllama.testing.models import write_llama
 from erllama.testing.scripted import write_scripted
 from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, model_replying, user
 from support.doc_pages import DOCS, NAMES, SCRIPTS, blocks
+from support.event_subscriber import free_address, namespace_of, stored_in, subscribed
 from support.hub_server import HubServer
 from support.model_stores import OllamaStore, empty_home
 from support.paths import ROOT
@@ -189,7 +193,7 @@ def test_the_chat_page_names_every_option_and_format() -> None:
 def test_the_llama_cpp_python_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ERLLAMA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("erllama.llama_cpp.default_cache._default_cache", None)
+    monkeypatch.setattr("erllama._model.default_cache._default_cache", None)
     installed = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "llama_cpp"}
     write_scripted(tmp_path / "model.gguf", {"a": "b", "b": "c", "c": "a"}, chat_template=TEMPLATE)
     names: Names = {}
@@ -281,6 +285,64 @@ def test_the_readme_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list((tmp_path / ".cache" / "erllama").rglob("*.kvc"))
 
 
+def test_the_encryption_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_scripted(tmp_path / "model.gguf", {"a": "b", "b": "c", "c": "a"})
+    create_key_file(tmp_path / ".config" / "erllama" / "cache.key")
+    names: Names = {"erllama": erllama}
+    run("docs/encryption.md", names)
+    with names["cache"], names["model"] as model:
+        model.complete("abc" * 100, max_tokens=4)
+    assert list((tmp_path / ".cache" / "private").rglob("*.kvc"))
+    assert is_encrypted(tmp_path / ".cache" / "private")
+
+
+def test_the_events_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At another address, because another program may use the one of the page."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_scripted(tmp_path / "model.gguf", {"a": "b", "b": "c", "c": "a"})
+    written: list[erllama.KvEvents] = []
+
+    def elsewhere(*arguments: Any, **options: Any) -> erllama.KvEvents:  # noqa: ANN401
+        written.append(KvEvents(*arguments, **options))
+        return replace(written[0], address=free_address())
+
+    monkeypatch.setattr(erllama, "KvEvents", elsewhere)
+    names: Names = {}
+    run("docs/fleet/events.md", names)
+    assert written[0].address == DEFAULT_ADDRESS
+    with names["cache"] as cache, names["model"] as model, subscribed(names["events"].address) as subscriber:
+        model.complete("abc" * 200, max_tokens=4)
+        assert cache.flush()
+        subscriber.wait_for(stored_in(cache, namespace_of(model), written[0].block_size))
+        assert subscriber.known
+
+
+def test_the_remote_tier_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a directory as the bucket."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    create_key_file(tmp_path / "key")
+    written: list[Names] = []
+
+    def elsewhere(**options: Any) -> erllama.Cache:  # noqa: ANN401
+        written.append(options)
+        return Cache(**{**options, "remote": tmp_path / "bucket", "remote_key_file": tmp_path / "key"})
+
+    monkeypatch.setattr(erllama, "Cache", elsewhere)
+    names: Names = {}
+    run("docs/fleet/remote-tier.md", names)
+    assert written[0]["remote"] == "s3://bucket/prefix"
+    assert str(written[0]["remote_key_file"]).endswith(".key")
+    with names["cache"] as cache, erllama.load_backend(StubBackend(), cache=cache) as model:
+        model.complete("a prompt " * 100, max_tokens=4)
+        assert cache.flush()
+    assert any(path.is_file() for path in (tmp_path / "bucket").rglob("*"))
+    assert list((tmp_path / ".cache").rglob("*.kvc"))
+
+
 def test_the_memory_pressure_page_runs_as_written() -> None:
     names: Names = {"erllama": erllama, "batch_bytes": lambda: 2**30}
     run("docs/memory-pressure.md", names)
@@ -368,7 +430,9 @@ def test_the_harness_page_runs_as_written(tmp_path: Path) -> None:
 
 # Pages whose snippets other tests run.
 ELSEWHERE = {
+    "docs/llm.md": "tests/cli/test_llm_plugin.py",
     "docs/backends.md": "tests/harness/test_backends.py",
+    "docs/cli.md": "tests/cli/test_chat_commands.py",
     "docs/metrics.md": "tests/serving/test_metrics.py",
     "docs/demo-model.md": "tests/models/test_demo_model.py",
     "docs/index.md": "tests/docs/test_commands.py",
@@ -386,7 +450,7 @@ ELSEWHERE = {
 
 
 def test_every_page_with_snippets_is_run_somewhere() -> None:
-    here = set(re.findall(r"\"((?:docs/)?[\w-]+\.md)\"", Path(__file__).read_text()))
+    here = set(re.findall(r"\"((?:docs/)?[\w/-]+\.md)\"", Path(__file__).read_text()))
     for page in NAMES:
         if blocks(page, "python"):
             assert page in here or page in ELSEWHERE, f"no test runs the snippets of {page}"

@@ -118,6 +118,7 @@ with erllama.Cache(disk=sys.argv[3]) as cache, erllama.load_model(sys.argv[1], c
 
 # Modules that need a package of an extra, and that package. All others import without the extras.
 NEED_EXTRAS = {
+    "erllama.llm_plugin": "llm",  # the extra `llm`
     "erllama.metrics": "prometheus-client",  # the extra `metrics`
     "erllama.testing.backends.machine": "hypothesis",  # the extra `testing`
     "erllama.testing.cache_machine": "hypothesis",
@@ -170,7 +171,7 @@ print(json.dumps(failures))
 """
     # `make test-fleet` imports the modules that need Ray, in an environment of its own.
     names = [name for name in names if name not in ONLY_FOR_BUILDS and not name.startswith("erllama.fleet.ray_")]
-    extras = ["gguf", "hypothesis", "jax", "pynvml", "transformers", *SERVER_PACKAGES]
+    extras = ["gguf", "hypothesis", "jax", "llm", "pynvml", "transformers", *SERVER_PACKAGES]
     of_server = {name for name in names if name.startswith(SERVER_MODULES)}
     for hidden, expected in ((extras, NEED_EXTRAS), ([], {})):
         printed = run_installed(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import pickle
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from erllama.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from erllama.llama_cpp.tool_prompting import needs_tool_prompt, with_tool_prompt
 from erllama.testing.scripted import write_scripted
 from support.chat.scripted_model import CALL, TOOLS, model_replying, user
+from support.hub_server import serve_hub
 from support.subprocesses import must_run
 
 LONG = "The quick brown fox jumps over the lazy dog. " * 10
@@ -298,7 +297,7 @@ def test_embeddings_are_pooled_as_asked(tiny_gguf: Path, llama: Llama) -> None:
 
 def test_prompts_are_warm_after_a_restart(tiny_gguf: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: ANN401
     monkeypatch.setenv("ERLLAMA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("erllama.llama_cpp.default_cache._default_cache", None)
+    monkeypatch.setattr("erllama._model.default_cache._default_cache", None)
     for expected in (None, "disk"):
         llama = Llama(tiny_gguf, n_ctx=1024, n_threads=1)
         llama(LONG, max_tokens=1)
@@ -340,7 +339,7 @@ def test_a_llama_that_is_dropped_unloads_without_a_warning(tiny_gguf: Path) -> N
 
 def test_a_llama_is_pickled_as_its_options(tiny_gguf: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: ANN401
     monkeypatch.setenv("ERLLAMA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("erllama.llama_cpp.default_cache._default_cache", None)
+    monkeypatch.setattr("erllama._model.default_cache._default_cache", None)
     llama = Llama(str(tiny_gguf), n_ctx=256, n_threads=1)
     copy = pickle.loads(pickle.dumps(llama))  # noqa: S301
     assert text(copy("Once", temperature=0)) == text(llama("Once", temperature=0))
@@ -349,24 +348,23 @@ def test_a_llama_is_pickled_as_its_options(tiny_gguf: Path, tmp_path: Path, monk
     llama.erllama_model.cache.close()
 
 
-def test_from_pretrained_downloads_one_matching_file(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub: Any = ModuleType("huggingface_hub")
-    downloads = []
-
-    def hf_hub_download(**options: object) -> str:
-        downloads.append(options)
-        return str(tiny_gguf)
-
-    hub.list_repo_files = lambda repo_id: ["a-Q4.gguf", "b/a-Q8.gguf", "README.md"]
-    hub.hf_hub_download = hf_hub_download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    with erllama.Cache() as cache:
-        options = {"n_ctx": 256, "n_threads": 1, "cache": cache}
-        Llama.from_pretrained("org/repo", "*Q8.gguf", additional_files=["README*"], **options).close()
-    assert [download["filename"] for download in downloads] == ["b/a-Q8.gguf", "README.md"]
-    for pattern, problem in (("*.bin", "no file"), ("*.gguf", "2 files")):
-        with pytest.raises(ValueError, match=problem):
-            Llama.from_pretrained("org/repo", pattern)
+def test_from_pretrained_downloads_one_matching_file(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = tiny_gguf.read_bytes()
+    files = {"a-Q4_0.gguf": b"GGUF other", "b/a-Q8_0.gguf": content, "README.md": b"# A model"}
+    with serve_hub(files, tmp_path / "home", monkeypatch) as server, erllama.Cache() as cache:
+        options: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "cache": cache}
+        llama = Llama.from_pretrained(server.repository, "*Q8_0.gguf", ["README*"], tmp_path / "here", **options)
+        assert Path(llama.model_path) == tmp_path / "here" / "b" / "a-Q8_0.gguf"
+        assert text(llama("Once", temperature=0, max_tokens=2))
+        llama.close()
+        assert (tmp_path / "here" / "README.md").read_bytes() == files["README.md"]
+        Llama.from_pretrained(server.repository, "b/*", cache_dir=tmp_path / "cache", **options).close()
+        assert list((tmp_path / "cache").glob("models--org--repo/snapshots/*/b/a-Q8_0.gguf"))
+        for pattern, problem in (("*.bin", "no model"), ("*.gguf", "several models")):
+            with pytest.raises(erllama.DownloadError, match=problem):
+                Llama.from_pretrained(server.repository, pattern)
 
 
 # --- under the name llama_cpp

@@ -8,12 +8,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import zmq
 
 import erllama
+from erllama.cache.blocks.key_file import create_key_file
 from erllama.engine.backends.stub import StubBackend
 from erllama.events import publisher as publishing
 from erllama.events.publisher import Publisher
@@ -267,6 +269,31 @@ def test_a_stalled_subscriber_delays_no_request(
             in_step(subscriber, cache, model)
 
 
+def test_a_long_announcement_waits_now_and_then(
+    cache: erllama.Cache, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_PACE_AFTER", 4), ("_PACE_BATCHES", 2), ("_START_SECONDS", 0.0)):
+        monkeypatch.setattr(publishing, name, value)
+    pauses: list[int] = []
+    monkeypatch.setattr(publishing, "payloads", partial(publishing.payloads, per_batch=1))
+    monkeypatch.setattr(Publisher, "_pause", lambda self: pauses.append(self._number))
+    with loaded(cache, address) as model:
+        for seed in range(4):
+            model.prefill(prompt(seed))
+        assert cache.flush()
+        namespace = namespace_of(model)
+    assert not pauses
+    publisher = Publisher(erllama.KvEvents(address, block_size=SMALL), cache, "m", namespace)
+    try:
+        with subscribed(address) as subscriber:
+            subscriber.wait_for(stored_in(cache, namespace, SMALL))
+        n_blocks = publisher.stats.blocks
+    finally:
+        publisher.close()
+    assert n_blocks > 10
+    assert pauses == list(range(4, n_blocks, 2))
+
+
 def test_a_failing_publisher_fails_no_request(
     cache: erllama.Cache, address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -276,6 +303,31 @@ def test_a_failing_publisher_fails_no_request(
         wait_until(lambda: "publishing its KV events failed" in caplog.text)
         assert model.complete(prompt(1), max_tokens=3).cache.tokens
     assert not [thread for thread in threading.enumerate() if "erllama-events" in thread.name]
+
+
+# --- tiers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tiers", "media"), [(None, {"GPU", "CPU"}), (["live", "ram", "remote"], {"GPU", "CPU", "DISK"})]
+)
+def test_the_remote_tier_is_reported_on_request(
+    address: str, tmp_path: Path, tiers: list[str] | None, media: set[str]
+) -> None:
+    """Every replica has all blocks of a bucket, so they do not tell replicas apart."""
+    create_key_file(tmp_path / "key")
+    without = "remote" if tiers is None else ""
+    with (
+        erllama.Cache(block_size=BLOCK, remote=tmp_path / "bucket", remote_key_file=tmp_path / "key") as cache,
+        loaded(cache, address, events={"tiers": tiers}) as model,
+        subscribed(address) as subscriber,
+    ):
+        for seed in (1, 2):  # what the first one adds in the bucket was sent before the second one
+            model.prefill(prompt(seed))
+            assert cache.flush()
+            assert any("remote" in entry.places for entry in cache._catalog.entries())
+            subscriber.wait_for(stored_in(cache, namespace_of(model), SMALL, without))
+        assert {medium for _, medium in subscriber.known} == media
 
 
 # --- bad input ------------------------------------------------------------------------------------------------

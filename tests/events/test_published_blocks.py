@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -170,9 +172,11 @@ class Cells(erllama.cache.Tier):
 
 
 @contextmanager
-def logged_cache(limit: int) -> Iterator[tuple[erllama.Cache, erllama.cache.BlockLog]]:
+def logged_cache(
+    limit: int, reports: Callable[[str], bool] = lambda tier: True
+) -> Iterator[tuple[erllama.Cache, erllama.cache.BlockLog]]:
     with erllama.Cache(ram=1000, block_size=FULL) as cache:
-        log = cache.open_block_log(ROOT, limit=limit, wake=lambda: None)
+        log = cache.open_block_log(ROOT, limit=limit, wake=lambda: None, reports=reports)
         yield cache, log
         cache.close_block_log(log)
 
@@ -234,9 +238,84 @@ def test_a_shared_beginning_stays_until_its_last_block_goes() -> None:
     assert len(rest.block_hashes) == 4
 
 
-def test_tiers_that_are_not_wanted_are_left_out() -> None:
-    published = PublishedBlocks(SMALL, ["ram"])
-    block = chain(1, 2, 3, 4)[0]
-    assert not published.apply([BlockChange("disk", block, stored=True)])
-    assert len(published.apply([BlockChange("ram", block, stored=True)])) == 1
-    assert not published.apply([BlockChange("disk", block, stored=False)])
+@pytest.mark.parametrize(
+    ("tiers", "reported"), [(None, {"ram", "live"}), (["ram"], {"ram"}), (["remote", "ram"], {"ram", "remote"})]
+)
+def test_tiers_that_are_not_wanted_are_left_out(tiers: list[str] | None, reported: set[str]) -> None:
+    options = erllama.KvEvents(tiers=tiers)  # type: ignore[arg-type]
+    with logged_cache(100, options.reports) as (cache, log):
+        cells = [Cells("live", 1 << 20), Cells("remote", 1 << 20)]
+        for tier in cells:
+            cache.attach(tier)
+        one, two = chain(1, 2, 3, 4), chain(5, 6, 7, 8)
+        for block in (*one, *two):
+            cache.save(block, b"x")
+            for tier in cells:
+                cache.report_stored(tier, block, 1)
+            changes, complete, _ = cache.read_block_log(log)
+            assert complete == (block in one)
+            assert {change.tier for change in changes} == reported
+        for tier in cells:
+            cache.report_removed(tier, [block.key for block in two])
+        assert {change.tier for change in cache.read_block_log(log).changes} == reported - {"ram"}
+
+
+class Turns:
+    """A lock that runs a call after each time that it was held."""
+
+    def __init__(self, lock: AbstractContextManager[object], after: Callable[[], None]) -> None:
+        self._lock, self._after = lock, after
+
+    def __enter__(self) -> None:
+        self._lock.__enter__()
+
+    def __exit__(self, *error: Any) -> None:  # noqa: ANN401
+        self._lock.__exit__(*error)
+        self._after()
+
+
+@settings(max_examples=examples(20))
+@given(
+    st.lists(PROMPTS, min_size=3, max_size=8), st.lists(st.tuples(PROMPTS, st.booleans()), min_size=4, max_size=8)
+)
+def test_requests_go_on_while_the_whole_content_is_read(
+    before: list[list[int]], meanwhile: list[tuple[list[int], bool]]
+) -> None:
+    """Changes between the parts of the content are not lost."""
+    with pytest.MonkeyPatch.context() as patched, logged_cache(100) as (cache, log):
+        patched.setattr("erllama.cache.store._LOG_PART", 1)
+        patched.setattr("erllama.cache.store._LOG_PAUSE", 0)
+        for runs in before:
+            for block in chain(*runs):
+                cache.save(block, b"x" * 50)
+        n_stored, lock, n_turns, waiting = len(cache.rows()), cache._lock, 0, list(meanwhile)
+
+        def change() -> None:
+            nonlocal n_turns
+            n_turns += 1
+            if not waiting:
+                return
+            runs, stores = waiting.pop()
+            cache._lock = lock
+            for block in chain(*runs):
+                if stores:
+                    cache.save(block, b"y" * 50)
+                else:
+                    cache.evict_bytes(50, ("ram",))
+            cache._lock = Turns(lock, change)  # type: ignore[assignment]
+
+        cache._lock = Turns(lock, change)  # type: ignore[assignment]
+        blocks, state = PublishedBlocks(SMALL), State()
+        changes, complete, _ = cache.read_block_log(log)
+        cache._lock = lock
+        assert complete
+        assert n_turns == n_stored + 1
+        blocks.replace(changes)
+        for payload in payloads(blocks, blocks.located()):
+            for event in decode(payload).events:
+                apply_event(state, event)
+        changes, complete, _ = cache.read_block_log(log)
+        assert not complete
+        for event in blocks.apply(changes):
+            apply_event(state, event)
+        assert state.known == stored_in(cache, ROOT, SMALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,6 +173,69 @@ def test_a_replica_that_is_gone_is_not_read_any_longer(
     subscriber.set_replicas({"a": publisher.addresses})
     publisher.answer()
     wait_for(lambda: seen == [block(1), block(1), block(2)])
+
+
+def test_a_replica_that_left_and_returned_at_once_is_replayed(publisher: Publisher):
+    seen: list[KvEvent] = []
+    entered, go = threading.Event(), threading.Event()
+
+    def apply(_: str, events: tuple[KvEvent, ...]) -> None:
+        seen.extend(events)
+        entered.set()
+        assert go.wait(120)
+
+    subscriber = EventSubscriber(apply)
+    try:
+        publisher.send(1, block(1))
+        subscriber.set_replicas({"a": publisher.addresses})
+        publisher.answer()
+        assert entered.wait(120)
+        subscriber.set_replicas({})  # the index forgets it
+        subscriber.set_replicas({"a": publisher.addresses})
+        go.set()
+        publisher.answer()
+        wait_for(lambda: seen == [block(1), block(1)])
+        assert publisher.asked == [0, 0]
+    finally:
+        go.set()
+        subscriber.close()
+
+
+def test_events_that_cannot_be_applied_do_not_end_the_subscription(publisher: Publisher):
+    seen: list[KvEvent] = []
+
+    def apply(_: str, events: tuple[KvEvent, ...]) -> None:
+        if events == (block(1),):
+            raise OverflowError("a token id")
+        seen.extend(events)
+
+    subscriber = EventSubscriber(apply)
+    try:
+        publisher.send(1, block(1))
+        publisher.send(2, block(2))
+        subscriber.set_replicas({"a": publisher.addresses})
+        publisher.answer()
+        wait_for(lambda: seen == [block(2)] or not subscriber._thread.is_alive())
+        assert seen == [block(2)]
+        assert subscriber.n_unreadable == 1
+    finally:
+        subscriber.close()
+
+
+def test_a_subscriber_that_fails_clears_what_it_has_passed_on(
+    publisher: Publisher, subscriber: EventSubscriber, seen: list[KvEvent], monkeypatch: pytest.MonkeyPatch
+):
+    publisher.send(1, block(1))
+    subscriber.set_replicas({"a": publisher.addresses})
+    publisher.answer()
+    wait_for(lambda: seen == [block(1)])
+
+    def fail() -> None:
+        raise zmq.ZMQError(zmq.ENOTSOCK)
+
+    monkeypatch.setattr(subscriber, "_read", fail)
+    subscriber._thread.join(120)
+    assert seen == [block(1), AllBlocksCleared()]
 
 
 def test_an_address_that_cannot_be_used_affects_no_other(

@@ -56,6 +56,7 @@ def test_the_documentation_lists_every_option():
         ({"model": "m.gguf", "options": {"kv_events": True}}, "pass kv_events of the fleet"),
         ({"model": "m.gguf", "options": [1]}, "must be a mapping"),
         ({"model": "m.gguf", "options": {"n_seq_max": 0}}, "n_seq_max"),
+        ({"model": "m.gguf", "options": {"n_ctx": "fit"}}, "pass a number of tokens"),
         ({"model": "m.gguf", "cache": {"disk": "/c/{node}"}}, 'the only field of a directory is "{rank}"'),
         ({"model": "m.gguf", "kv_events": "yes"}, "must be True or False"),
     ],
@@ -83,9 +84,10 @@ def test_directories_have_the_number_of_the_replica():
     assert config.cache_options(2) == {"disk": {"/a/2": "1GiB", "/b/2": "2GiB"}, "ram_file": ["/c"]}
 
 
-def test_replicas_without_files_name_the_model_by_its_content():
+def test_replicas_whose_kv_does_not_outlive_them_read_a_part_of_the_file():
     assert FleetConfig(model="m.gguf").model_options()["fingerprint"] == "gguf_chunked"
-    assert "fingerprint" not in FleetConfig(model="m.gguf", cache={"disk": "/c"}).model_options()
+    for tier in ("disk", "ram_file", "remote"):
+        assert "fingerprint" not in FleetConfig(model="m.gguf", cache={tier: "/c"}).model_options()
     chosen = FleetConfig(model="m.gguf", options={"fingerprint": "safe"})
     assert chosen.model_options()["fingerprint"] == "safe"
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import erllama
+from erllama.fleet import runner as runner_module
 from erllama.fleet.config import FleetConfig
 from erllama.fleet.ingress import open_ingress
 from erllama.fleet.prefix_index import PrefixIndex
@@ -53,14 +54,13 @@ class LocalCalls:
         name = self._choose(request)
         self.router.sent(request, name)
         self.sent.append(name)
-        yield Received(name, [])
         replies = self.replicas[name].run(request, body, identity)
         try:
             async for bodies in replies:
                 if name in self.killed:
                     raise ReplicaLost(f"{name} was killed")
                 yield Received(name, bodies)
-                if self.on_first is not None:
+                if bodies and self.on_first is not None:
                     call, self.on_first = self.on_first, None
                     call(name)
         finally:
@@ -79,6 +79,12 @@ class LocalCalls:
         n = await asyncio.to_thread(self.replicas[replica].warm, prefixes, 30.0)
         self.warmed[replica] = n
         return n
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Return whether something happens within a minute."""
+    pause = threading.Event()
+    return any(condition() or pause.wait(0.02) for _ in range(3000))
 
 
 class Fleet:
@@ -272,6 +278,130 @@ def test_a_cancelled_reply_ends_early(fleet: Fleet):
     assert len(reply.tokens) < 1500
 
 
+def test_a_cancellation_before_the_options_are_checked_has_an_effect(fleet: Fleet):
+    original, sent = fleet.calls.run, []
+
+    async def cancelled_at_once(request: str, body: bytes, identity: str) -> AsyncIterator[Received]:
+        async for received in original(request, body, identity):
+            if not sent:
+                sent.append(request)
+                assert fleet.calls.replicas[received.replica]._requests[request] is None
+                await fleet.calls.cancel(received.replica, request)
+            yield received
+
+    fleet.calls.run = cancelled_at_once  # type: ignore[method-assign]
+    reply = fleet.model.complete(PROMPT, max_tokens=1500, temperature=0.9, seed=5)
+    assert reply.finish_reason == "cancelled"
+    assert sent
+    for replica in fleet.calls.replicas.values():
+        assert not replica._requests
+        assert not replica._cancelled
+
+
+def test_a_cancellation_of_no_request_leaves_nothing_behind(fleet: Fleet):
+    replica = fleet.calls.replicas["a"]
+    replica.cancel("nobody")
+    assert not replica._cancelled
+
+
+def hang(fleet: Fleet) -> threading.Event:
+    """Let requests wait for a replica, as Ray does while there is none. Return what is set once one waits."""
+    waits = threading.Event()
+
+    async def run(request: str, body: bytes, identity: str) -> AsyncIterator[Received]:
+        waits.set()
+        await asyncio.Event().wait()
+        yield Received("a", [])
+
+    fleet.calls.run = run  # type: ignore[method-assign]
+    return waits
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": ["x"]}, {"logprobs": 1}], ids=["text", "stops", "logprobs"])
+def test_a_request_that_waits_for_a_replica_can_be_cancelled(fleet: Fleet, options: dict[str, Any]):
+    original, waits = fleet.calls.run, hang(fleet)
+    with fleet.model.stream(PROMPT, max_tokens=1500, timeout=600, **options) as stream:
+        assert waits.wait(60)
+        stream.cancel()
+        assert wait_until(lambda: not fleet.runner._running)
+        reply = stream.result()
+    assert (reply.finish_reason, reply.text, reply.tokens, reply.restarts) == ("cancelled", "", (), 0)
+    assert reply.context_tokens == tuple(fleet.model.tokenize(PROMPT))
+    assert fleet.runner.metrics.finished == {"cancelled": 1}
+    fleet.calls.run = original  # type: ignore[method-assign]
+    assert fleet.model.complete(PROMPT, max_tokens=2).tokens
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": ["\0never"]}], ids=["text", "stops"])
+def test_a_reply_cancelled_between_two_replicas_is_what_the_client_has(fleet: Fleet, options: dict[str, Any]):
+    original, waits = fleet.calls.run, []
+
+    def kill(name: str) -> None:
+        waits.append(hang(fleet))
+        fleet.calls.kill(name)
+
+    fleet.calls.on_first = kill
+    with fleet.model.stream(PROMPT, max_tokens=1500, temperature=0.9, seed=5, **options) as stream:
+        events = iter(stream)
+        text = next(events).text  # type: ignore[union-attr]
+        assert wait_until(lambda: bool(waits))
+        assert waits[0].wait(60)
+        stream.cancel()
+        assert wait_until(lambda: not fleet.runner._running)
+        text += "".join(event.text for event in events if isinstance(event, erllama.TextDelta))
+        reply = stream.result()
+    assert reply.finish_reason == "cancelled"
+    assert reply.restarts == 1
+    assert reply.tokens
+    assert text == reply.text
+    fleet.calls.run = original  # type: ignore[method-assign]
+    whole = fleet.model.complete(PROMPT, max_tokens=1500, temperature=0.9, seed=5, **options)
+    assert whole.tokens[: len(reply.tokens)] == reply.tokens
+
+
+def test_a_request_that_reaches_no_replica_is_not_blamed(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner_module, "_RETRY_SECONDS", 0.001)
+    original, tries = fleet.calls.run, []
+
+    async def unreachable(request: str, body: bytes, identity: str) -> AsyncIterator[Received]:
+        tries.append(request)
+        if len(tries) < n_failures:
+            raise ReplicaLost("nobody is there")
+        async for received in original(request, body, identity):
+            yield received
+
+    fleet.calls.run = unreachable  # type: ignore[method-assign]
+    n_failures = 6
+    reply = fleet.model.complete(PROMPT, max_tokens=2)
+    assert (len(reply.tokens), reply.restarts, len(tries)) == (2, 0, 6)
+    tries.clear()
+    n_failures = 1000
+    with pytest.raises(erllama.ModelFailed, match="reached no replica"):
+        fleet.model.complete(PROMPT, max_tokens=2)
+    assert len(tries) == runner_module._MAX_TRIES
+
+
+def test_a_request_that_reaches_no_replica_ends_at_its_deadline(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner_module, "_RETRY_SECONDS", 1e6)
+    monkeypatch.setattr(runner_module, "_MAX_RETRY_SECONDS", 1e6)
+    for name in list(fleet.calls.replicas):
+        fleet.in_loop(fleet.calls.kill, name)
+    with pytest.raises(erllama.DeadlineExceeded):
+        fleet.model.complete(PROMPT, max_tokens=2, timeout=0.2)
+
+
+def test_sessions_of_replicas_that_left_are_forgotten(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner_module, "_MAX_SESSIONS", 3)
+    for number in range(5):
+        fleet.model.complete(PROMPT, max_tokens=1, session_id=str(number))
+    known = fleet.runner._session_replicas
+    assert [session for _, session in known] == ["2", "3", "4"]
+    for name in list(fleet.calls.replicas):
+        fleet.in_loop(fleet.calls.kill, name)
+    fleet.in_loop(lambda: None)  # what `kill` announced was called before
+    assert not known
+
+
 def test_sessions_run_one_request_at_a_time(fleet: Fleet):
     with fleet.model.stream(PROMPT, max_tokens=1500, session_id="s", temperature=0.9) as stream:
         next(iter(stream))
@@ -346,6 +476,18 @@ def test_an_ingress_with_another_file_does_not_start(tmp_path: Path, fleet: Flee
 # --- new replicas --------------------------------------------------------------------------------------
 
 
+def test_the_hottest_prefixes_are_sought_for_new_replicas_only(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
+    fleet.in_loop(lambda: None)  # the first replicas are known
+    calls: list[int] = []
+    monkeypatch.setattr(fleet.router, "hottest", lambda n: calls.append(n) or [])
+    fleet.in_loop(fleet.calls.announce)
+    fleet.in_loop(lambda: None)
+    assert calls == []
+    fleet.add("new")
+    fleet.in_loop(lambda: None)
+    assert calls == [16]
+
+
 def test_a_new_replica_loads_the_hottest_prefixes_that_its_cache_has(fleet: Fleet):
     shared = "You are kind. " * 20
     for number in range(4):
@@ -360,3 +502,14 @@ def test_a_new_replica_loads_the_hottest_prefixes_that_its_cache_has(fleet: Flee
         deadline.wait(0.1)
     n_shared = len(fleet.model.tokenize(shared))
     assert fleet.calls.warmed["new"] >= n_shared // 16 * 16 - 16
+
+
+# --- errors of the transport ----------------------------------------------------------------------------
+
+
+def test_an_error_without_a_text_is_named_by_its_type():
+    assert [str(ReplicaLost.of(RuntimeError("first\nlast"), line)) for line in (0, -1)] == [
+        "RuntimeError: first",
+        "RuntimeError: last",
+    ]
+    assert [str(ReplicaLost.of(RuntimeError(), line)) for line in (0, -1)] == ["RuntimeError", "RuntimeError"]

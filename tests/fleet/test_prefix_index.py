@@ -60,8 +60,21 @@ def test_blocks_follow_the_parent_that_an_event_names():
         BlockStored((13,), (1,) * 10, 10),
         BlockStored((13,), (1,) * (SIZE - 1), SIZE),
         BlockStored((13,), (), 0),
+        BlockStored((13,), (2**31,) * SIZE, SIZE),
+        BlockStored((13,), (2**63,) * SIZE, SIZE),
+        BlockStored((13,), (-1,) * SIZE, SIZE),
     ],
-    ids=["unknown parent", "adapter", "adapter name", "other block size", "too few tokens", "empty"],
+    ids=[
+        "unknown parent",
+        "adapter",
+        "adapter name",
+        "other block size",
+        "too few tokens",
+        "empty",
+        "no int32",
+        "no int64",
+        "negative",
+    ],
 )
 def test_an_event_that_does_not_fit_is_counted_and_ignored(event: BlockStored):
     index = PrefixIndex(SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from random import Random
 
@@ -9,6 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from erllama.fleet.hot_prefixes import HotPrefixes
 from erllama.fleet.kv_events import BlockRemoved, BlockStored
 from erllama.fleet.loads import Load, LoadTable
 from erllama.fleet.prefix_index import CachedPrefix, PrefixIndex
@@ -313,6 +315,28 @@ def test_the_hottest_prefixes_are_those_that_prompts_share():
         (5, prompt(1, 2).tolist()),
         (3, prompt(7).tolist()),
     ]
+
+
+def test_counted_prompts_are_not_kept():
+    hot, index = HotPrefixes(SIZE), PrefixIndex(SIZE)
+    for number in range(2):
+        tokens = prompt(*range(50), 100 + number)
+        hot.count(index.keys(tokens), tokens, None)
+        kept = weakref.ref(tokens)
+        del tokens
+        assert kept() is None
+    assert [each.tokens.tolist() for each in hot.hottest(3)] == [prompt(*range(50)).tolist()]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=12), st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_hot_prefixes_begin_their_prompts_whatever_was_dropped(prompts: list[list[int]], max_tracked: int):
+    hot, index = HotPrefixes(SIZE, max_tracked), PrefixIndex(SIZE)
+    for blocks in prompts:
+        hot.count(index.keys(prompt(*blocks)), prompt(*blocks), None)
+    for found in hot.hottest(10):
+        with_it = [each for each in prompts if prompt(*each)[: len(found.tokens)].tolist() == found.tokens.tolist()]
+        assert len(with_it) >= found.uses > 1
 
 
 def test_changes_of_the_replicas_are_announced():

@@ -15,10 +15,10 @@ from huggingface_hub import constants
 
 import erllama
 from erllama.models import find_model, local_models, pull
-from erllama.models.download import transfer
+from erllama.models.download.hub import pull_from_hub
 from erllama.testing.models import write_llama
-from support.hub_server import HubServer
-from support.model_stores import COMMIT, empty_home
+from support.hub_server import HubServer, serve_hub
+from support.model_stores import COMMIT
 
 CONTENT = b"GGUF" + random.Random(1).randbytes(500_000)
 CHOICES = {
@@ -32,19 +32,8 @@ CHOICES = {
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """The server of one repository, as the endpoint of huggingface_hub; the cache is empty."""
-    server = HubServer(CHOICES)
-    empty_home(tmp_path / "home", monkeypatch)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        huggingface_hub.constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        server.url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(transfer, "_PAUSE", 0.001)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    yield server
-    server.close()
+    with serve_hub(CHOICES, tmp_path / "home", monkeypatch) as server:
+        yield server
 
 
 @pytest.fixture
@@ -314,3 +303,43 @@ def test_the_command_takes_the_endpoint_and_the_mode(hub: HubServer, tmp_path: P
     hub.requests.clear()
     assert run(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1").stdout == done.stdout
     assert hub.requests == []
+
+
+# --- a directory of the user, and further files
+
+
+def test_a_directory_gets_the_files_by_their_names(hub: HubServer, cache: Path, tmp_path: Path) -> None:
+    hub.plain, hub.cuts = {"README.md"}, [40_000]
+    here = tmp_path / "models here"
+    path = pull_from_hub("org/repo", "*Q8_0*", local_dir=here, additional_files=["README*", "mmproj-F16.gguf"])
+    assert path == here / "repo-Q8_0.gguf"
+    assert files_in(here) == ["README.md", "mmproj-F16.gguf", "repo-Q8_0.gguf"]
+    assert all((here / name).read_bytes() == CHOICES[name] for name in files_in(here))
+    assert not cache.exists()
+    hub.requests.clear()
+    assert pull_from_hub("org/repo", "Q8_0", local_dir=here, additional_files=["README.md"]) == path
+    assert file_requests(hub) == []
+    hub.status = 503
+    assert pull_from_hub("org/repo", "Q8_0", local_dir=here, additional_files=["README.md"]) == path
+    with pytest.raises(erllama.DownloadError, match=r"no file of org/repo match '\*\.txt'"):
+        pull_from_hub("org/repo", "Q8_0", local_dir=here, additional_files=["*.txt"])
+
+
+def test_further_files_are_in_the_cache_as_the_hub_names_them(hub: HubServer, cache: Path) -> None:
+    hub.plain = {"README.md"}
+    pull_from_hub("org/repo", additional_files=["README.md"])
+    found = huggingface_hub.try_to_load_from_cache("org/repo", "README.md", cache_dir=cache.parent)
+    assert Path(str(found)).read_bytes() == CHOICES["README.md"]
+    with pytest.raises(erllama.DownloadError, match="2 files of org/repo"):
+        pull_from_hub("org/repo", additional_files=["repo-*"])
+
+
+def test_a_file_of_the_user_stays_if_its_replacement_is_wrong(hub: HubServer, tmp_path: Path) -> None:
+    hub.plain, hub.digests = {"README.md"}, {"README.md": "0" * 40}
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(erllama.DownloadError, match=r"has sha1 .*, expected 0000"):
+        pull_from_hub("org/repo", local_dir=tmp_path, additional_files=["README.md"])
+    assert (tmp_path / "README.md").read_text() == "mine"
+    hub.digests = {}
+    pull_from_hub("org/repo", local_dir=tmp_path, additional_files=["README.md"])
+    assert (tmp_path / "README.md").read_bytes() == CHOICES["README.md"]

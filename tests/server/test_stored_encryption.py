@@ -10,6 +10,7 @@ import pytest
 
 import erllama
 from erllama.errors import CacheKeyError
+from erllama.server.conduct.errors import ApiError
 from erllama.server.stored_responses import (
     FILE_NAME,
     MissingResponseError,
@@ -103,6 +104,59 @@ def test_a_server_without_the_new_key_stores_no_response(tmp_path: Path, key: Pa
     reopened = open_store(tmp_path, new)
     assert reopened.get("resp_1", "") == stored("resp_1")
     reopened.close()
+
+
+def test_a_server_without_a_key_stops_using_an_encrypted_store(tmp_path: Path, key: Path) -> None:
+    plain = open_store(tmp_path, None)
+    plain.save(stored("resp_1"))
+    encrypting = open_store(tmp_path, key)
+    plain.save(stored("resp_2"))
+    assert TEXT.encode() not in all_bytes(tmp_path / "state")
+    with pytest.raises(MissingResponseError):
+        plain.get("resp_1", "")
+    plain.close()
+    assert encrypting.get("resp_1", "") == stored("resp_1")
+    with pytest.raises(MissingResponseError):
+        encrypting.get("resp_2", "")
+    encrypting.close()
+
+
+def test_a_store_that_another_process_writes_to_is_busy(
+    tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("erllama.server.stored_responses._WAIT_SECONDS", 0.01)
+    store = open_store(tmp_path, key)
+    store.save(stored("resp_1"))
+    with closing(sqlite3.connect(tmp_path / "state" / FILE_NAME)) as other:
+        other.execute("BEGIN IMMEDIATE")  # as `rekey` does
+        for call in (
+            lambda: store.get("resp_1", ""),
+            lambda: store.conversation("resp_1", ""),
+            lambda: store.save(stored("resp_2")),
+            lambda: store.delete("resp_1", ""),
+        ):
+            with pytest.raises(ApiError, match="try again") as busy:
+                call()
+            assert (busy.value.kind, busy.value.retry_after) == ("unavailable", 1)
+        with pytest.raises(erllama.OptionError, match="when it has finished"):
+            open_store(tmp_path, key)
+    store.save(stored("resp_2"))
+    assert [store.get(id, "").id for id in ("resp_1", "resp_2")] == ["resp_1", "resp_2"]
+    store.close()
+
+
+def test_a_restart_of_the_server_ends_the_use_of_the_old_key(tmp_path: Path, key: Path) -> None:
+    """The steps of docs/encryption.md for a server with a `state_dir`."""
+    store = open_store(tmp_path, key)
+    store.save(stored("resp_1"))
+    new = new_key(tmp_path / "new.key")
+    join_keys(key, new, join_keys(tmp_path / "old.key", key))
+    store.save(stored("resp_2"))
+    store.close()
+    open_store(tmp_path, key).close()
+    restarted = open_store(tmp_path, new)
+    assert [restarted.get(id, "").id for id in ("resp_1", "resp_2")] == ["resp_1", "resp_2"]
+    restarted.close()
 
 
 def test_swapped_responses_are_not_found(tmp_path: Path, key: Path) -> None:

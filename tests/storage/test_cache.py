@@ -7,6 +7,7 @@ import logging
 import resource
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import erllama
-from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
+from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, store, token_bytes
 from erllama.cache.catalog.eviction_order import LeafLRU
 from erllama.cache.catalog.prefix_tree import PrefixTree
 from support.examples import examples
@@ -561,6 +562,29 @@ def test_the_cache_needs_no_libllama() -> None:
         assert not any(name.startswith("erllama.llama_ffi.") for name in sys.modules)
         """
     )
+
+
+def test_exit_closes_tiers_that_become_busy_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of remote tiers add and remove them while the interpreter exits."""
+
+    class Busy:
+        def __init__(self) -> None:
+            self.n_closed = 0
+
+        @property
+        def close(self) -> Callable[[], None]:
+            busy.add(Busy())
+            return self._close
+
+        def _close(self) -> None:
+            self.n_closed += 1
+
+    first = [Busy(), Busy()]
+    busy = set(first)
+    for name, open_ones in (("busy_tiers", busy), ("_open_caches", set()), ("_open_tier_sets", set())):
+        monkeypatch.setattr(store, name, open_ones)
+    store.close_all()
+    assert [tier.n_closed for tier in first] == [1, 1]
 
 
 def test_namespaces_depend_on_every_part() -> None:

@@ -20,6 +20,15 @@ def test_a_created_file_is_private_and_is_read_back(tmp_path: Path) -> None:
     assert read_key_file(path).ids == keys.ids
 
 
+def test_the_directory_of_a_new_file_is_created(tmp_path: Path) -> None:
+    path = tmp_path / "config" / "erllama" / "cache.key"
+    keys = create_key_file(path)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert read_key_file(path).ids == keys.ids
+    with pytest.raises(CacheError, match="Not a directory"):
+        create_key_file(path / "other.key")
+
+
 def test_the_newest_key_is_the_first_and_comments_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "cache.key"
     path.write_text(f"# rotated in May\n{'ab' * SECRET_BYTES}\n\n  {'CD' * SECRET_BYTES}  \n")

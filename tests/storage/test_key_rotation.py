@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from erllama.cache import Cache
 from erllama.cache.admin.key_rotation import rotate_keys
 from erllama.cache.admin.wipe import wipe
+from erllama.cache.blocks import kvc
 from erllama.cache.blocks.key_file import read_key_file
 from erllama.errors import CacheError, CacheKeyError
 from support.storage.blocks import NAMESPACE, SIZE, blocks_of, save
@@ -162,6 +164,58 @@ def test_a_rotation_keeps_blocks_of_a_newer_release(tmp_path: Path, keys: Keys) 
     assert path.read_bytes() == content
     with open_cache(root, keys.both) as cache:
         assert len(cache.rows()) == len(others) + 1, "the others are encrypted again"
+
+
+def test_a_bad_sector_does_not_stop_a_rotation(tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "cache"
+    fill(root, keys.old)
+    bad, *others = sorted((root / "blocks").iterdir())
+    read = kvc.read
+
+    def read_sectors(path: Path, *arguments: object) -> object:
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kvc, "read", read_sectors)
+    done = rotate_keys(root, keys.both)
+    assert (done.n_damaged, done.encrypted.n_blocks) == (1, len(others))
+    with open_cache(root, keys.new) as cache:
+        assert cache.disk_error is None
+        assert cache.verify() == []
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES])
+def test_a_passing_error_ends_a_rotation_and_removes_nothing(
+    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    root = tmp_path / "cache"
+    contexts = fill(root, keys.old)
+
+    def fail(path: Path, *_: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as faulty:
+        faulty.setattr(kvc, "read", fail)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            rotate_keys(root, keys.both)
+    assert rotate_keys(root, keys.both).n_damaged == 0
+    assert_has_all(root, keys.new, contexts)
+
+
+def test_an_error_of_writing_removes_no_block(tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "cache"
+    contexts = fill(root, keys.old)
+
+    def fail(self: object, *_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as faulty:
+        faulty.setattr("erllama.cache.tiers.file_tier.FileTier.write_used", fail)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            rotate_keys(root, keys.both)
+    assert rotate_keys(root, keys.both).n_damaged == 0
+    assert_has_all(root, keys.new, contexts)
 
 
 def test_another_process_follows_a_rotation_of_its_key_file(tmp_path: Path, keys: Keys) -> None:

@@ -49,6 +49,7 @@ class Command:
         self.environment: Mapping[str, str] = {
             "ERLLAMA_CACHE_DIR": str(self.directory),
             "XDG_CACHE_HOME": str(root / "cache"),
+            "XDG_DATA_HOME": str(root / "data"),
             "XDG_STATE_HOME": str(root / "state"),
         }
         for name, value in self.environment.items():

@@ -188,14 +188,14 @@ def findable(held: Iterable[tuple[str, Block]], block_size: int, full: int) -> K
     }
 
 
-def stored_in(cache: Cache, namespace: bytes, block_size: int) -> Known:
-    """Return what subscribers of a model should know of a cache."""
+def stored_in(cache: Cache, namespace: bytes, block_size: int, without: str = "") -> Known:
+    """Return what subscribers of a model should know of a cache, or of its tiers without one of them."""
     with cache._lock:
         held = [
             (place, entry.block)
             for entry in cache._catalog._tree
             for place in entry.places
-            if place != "pending" and entry.block.namespace == namespace
+            if place not in ("pending", without) and entry.block.namespace == namespace
         ]
     return findable(held, block_size, cache.block_size)
 

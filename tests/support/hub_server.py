@@ -6,11 +6,17 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import ClassVar
 
-from support.model_stores import COMMIT
+import pytest
+from huggingface_hub import constants
+
+from erllama.models.download import transfer
+from support.model_stores import COMMIT, empty_home
 
 
 class HubServer:
@@ -25,6 +31,7 @@ class HubServer:
         requests: method, path and Range header of each request.
         tokens: the Authorization headers.
         siblings: further files that the hub lists, as they stand in its answer.
+        plain: names of files that are in git itself, as small ones are, so that the hub states git's digest.
     """
 
     def __init__(self, files: Mapping[str, bytes], repository: str = "org/repo") -> None:
@@ -36,6 +43,7 @@ class HubServer:
         self.requests: list[tuple[str, str, str | None]] = []
         self.tokens: set[str | None] = set()
         self.siblings: list[dict[str, object]] = []
+        self.plain: set[str] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
@@ -49,24 +57,38 @@ class HubServer:
     def info(self) -> dict[str, object]:
         """The answer to a request for the repository's files."""
         listed = [
-            {
-                "rfilename": name,
-                "size": len(content),
-                "lfs": {
-                    "sha256": self.digests.get(name, hashlib.sha256(content).hexdigest()),
-                    "size": len(content),
-                    "pointerSize": 130,
-                },
-            }
+            {"rfilename": name, "size": len(content), **self._stated(name, content)}
             for name, content in self.files.items()
         ]
         return {"id": self.repository, "sha": COMMIT, "siblings": [*listed, *self.siblings]}
+
+    def _stated(self, name: str, content: bytes) -> dict[str, object]:
+        if name in self.plain:
+            blob = hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False)
+            return {"blobId": self.digests.get(name, blob.hexdigest())}
+        sha256 = self.digests.get(name, hashlib.sha256(content).hexdigest())
+        return {"lfs": {"sha256": sha256, "size": len(content), "pointerSize": 130}}
 
     def close(self) -> None:
         """Stop the server."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+@contextmanager
+def serve_hub(files: Mapping[str, bytes], home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Yield the server of one repository, as the endpoint of huggingface_hub; the cache, in `home`, is empty."""
+    server = HubServer(files)
+    empty_home(home, monkeypatch)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "no token"))
+    monkeypatch.setattr(transfer, "_PAUSE", 0.001)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.close()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
 import erllama
 from erllama._runtime.printing import echo, json_text
-from erllama.cli.chat.line_input import read_lines
+from erllama.cli.chat.line_input import Entry, read_entries
+from erllama.cli.chat.loaded_model import LoadedModel
 from erllama.cli.chat.session import ChatSession
-from erllama.cli.chat.slash_commands import COMMANDS, Quit, run_command
-from erllama.cli.console import error_message, is_terminal, print_dimmed, print_note, write_reply
+from erllama.cli.chat.slash_commands import COMMANDS, Quit, resume, run_command
+from erllama.cli.console import error_message, is_terminal, print_dimmed, print_note, rich_console, write_reply
 from erllama.cli.loading import ModelOptions, existing_path
-from erllama.cli.options import model_and_cache_options, model_argument, model_or_demo, sampling_options
+from erllama.cli.options import FILE, model_and_cache_options, model_argument, model_or_demo, sampling_options
 from erllama.cli.reply import reply_json, statistics_line
 
 
@@ -26,6 +28,19 @@ from erllama.cli.reply import reply_json, statistics_line
     "--thinking/--no-thinking",
     default=None,
     help="Turn thinking on or off. Default: the setting of the model's template.",
+)
+@click.option("--resume", "name", metavar="NAME", help="Continue the conversation that /save NAME saved.")
+@click.option(
+    "--tools",
+    "tools_file",
+    type=FILE,
+    metavar="FILE",
+    help="Python file whose functions the model may call. You confirm each call. Needs a terminal.",
+)
+@click.option(
+    "--markdown/--no-markdown",
+    default=True,
+    help="In a terminal, render replies as Markdown, and fold thinking.",
 )
 @click.option(
     "--history/--no-history", default=True, help="Save the lines you type in a file that only you can read."
@@ -42,6 +57,9 @@ def chat(
     sampling: dict[str, object],
     system: str | None,
     thinking: bool | None,
+    name: str | None,
+    tools_file: Path | None,
+    markdown: bool,
     history: bool,
     stats: bool | None,
     as_json: bool,
@@ -51,16 +69,39 @@ def chat(
     Type a message, or /help for a list of commands. If stdin is not a terminal, each of its lines is a message.
     """
     interactive = sys.stdin.isatty() and is_terminal()
-    with loading.open_model(existing_path(model_or_demo(model))) as loaded:
+    if tools_file is not None and (as_json or not interactive):
+        raise click.UsageError("--tools: each call is confirmed at the terminal; chat in one, without --json")
+    path = existing_path(model_or_demo(model))
+    with loading.open_cache() as cache, LoadedModel(loading, cache, path, model) as loaded:
         session = ChatSession(loaded, system, silent=as_json)
         session.set_options(sampling if thinking is None else {**sampling, "thinking": thinking})
         if interactive:
-            print_dimmed(
-                f"{loaded.info.name or loaded.id}, {loaded.n_ctx:,} tokens of context; /help lists the commands"
-            )
+            print_dimmed(f"{loaded.name}, {loaded.model.n_ctx:,} tokens of context; /help lists the commands")
+        if tools_file is not None:
+            _add_tools(session, tools_file)
+        if markdown and interactive and not rich_console().is_dumb_terminal:
+            _render_markdown(session)
         show_stats = interactive if stats is None else stats
         loop = _ChatLoop(session, show_stats=show_stats, as_json=as_json, interactive=interactive)
+        if name is not None:
+            loop.show(resume(session, name))
         return loop.run(history)
+
+
+def _add_tools(session: ChatSession, path: Path) -> None:
+    # Imported here: other chats do not need it.
+    from erllama.cli.chat.tools import Confirmation, load_functions
+
+    confirmation = Confirmation()
+    session.tools = [confirmation.confirmed(function) for function in load_functions(path)]
+    print_dimmed("tools: " + ", ".join(function.__name__ for function in session.tools))
+
+
+def _render_markdown(session: ChatSession) -> None:
+    # Imported here: the import is slow, and piped output does not need it.
+    from erllama.cli.chat.markdown import MarkdownWriter
+
+    session.new_writer = lambda: MarkdownWriter(shows_calls=not session.tools)
 
 
 class _ChatLoop:
@@ -73,9 +114,9 @@ class _ChatLoop:
 
     def run(self, history: bool) -> int:
         """Process all lines and return the exit status: 1 if a line failed and stdin is not a terminal."""
-        for line in read_lines(list(COMMANDS), history=history):
+        for entry in read_entries(list(COMMANDS), history=history):
             try:
-                self._process(line)
+                self._process(entry)
             except Quit:
                 break
             except KeyboardInterrupt:  # before a stream that it could cancel
@@ -90,16 +131,18 @@ class _ChatLoop:
                 self._failed = True
         return 1 if self._failed and not self._interactive else 0
 
-    def _process(self, line: str) -> None:
-        result = run_command(self._session, line) if line.startswith("/") else self._session.ask(line)
+    def _process(self, entry: Entry) -> None:
+        run = run_command if entry.is_command else ChatSession.ask
+        result = run(self._session, entry.text)
         if isinstance(result, str):
-            self._print(result)
+            self.show(result)
         elif self._as_json:
             write_reply(json_text(reply_json(self._session.model, result)) + "\n")
         elif self._show_stats:
-            self._print(statistics_line(result))
+            self.show(statistics_line(result))
 
-    def _print(self, text: str) -> None:
+    def show(self, text: str) -> None:
+        """Print a message of the command."""
         if self._interactive:
             print_dimmed(text)
         else:

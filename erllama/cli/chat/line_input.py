@@ -7,34 +7,60 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import platformdirs
 
 from erllama.cli.console import print_note
 from erllama.cli.files import private_directory
 
+_QUOTES = '"""'
 
-def read_lines(commands: Sequence[str], *, history: bool) -> Iterator[str]:
-    """Yield messages and commands, without empty lines, until Ctrl-D or the end of stdin.
+
+class Entry(NamedTuple):
+    """What the user typed: a message, or a command, which starts with "/"."""
+
+    text: str
+    is_command: bool
+
+
+def read_entries(commands: Sequence[str], *, history: bool) -> Iterator[Entry]:
+    """Yield messages and commands, without empty ones, until Ctrl-D or the end of stdin.
+
+    A message of several lines, such as a pasted text, begins and ends with three quotation marks. It is never a
+    command.
 
     Args:
         commands: names of the commands that Tab completes after "/".
         history: keep the lines in a history file.
     """
-    if not sys.stdin.isatty():
-        yield from (line for line in map(str.strip, sys.stdin) if line)
-        return
+    lines = _typed_lines(commands, history) if sys.stdin.isatty() else iter(sys.stdin)
+    for line in lines:
+        text = line.strip()
+        if text.startswith(_QUOTES):
+            while not _is_closed(text) and (further := next(lines, None)) is not None:
+                text = f"{text}\n{further.rstrip()}"
+            entry = Entry(text.removeprefix(_QUOTES).removesuffix(_QUOTES).strip(), False)
+        else:
+            entry = Entry(text, text.startswith("/"))
+        if entry.text:
+            yield entry
+
+
+def _is_closed(text: str) -> bool:
+    """Return whether a text that begins with quotation marks also ends with them."""
+    return text.rstrip().endswith(_QUOTES) and len(text.strip()) >= 2 * len(_QUOTES)
+
+
+def _typed_lines(commands: Sequence[str], history: bool) -> Iterator[str]:
     prompt = _line_editor(commands, history)
     while True:
         try:
-            line = prompt().strip()
+            yield prompt()
         except EOFError:
             return
         except KeyboardInterrupt:
             print_note("press Ctrl-D or type /quit to leave")
-            continue
-        if line:
-            yield line
 
 
 def _line_editor(commands: Sequence[str], history: bool) -> Callable[[], str]:
@@ -42,6 +68,7 @@ def _line_editor(commands: Sequence[str], history: bool) -> Callable[[], str]:
     # Imported here: the import is slow, and piped input does not need it.
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.filters import Condition
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output.defaults import create_output
@@ -52,6 +79,9 @@ def _line_editor(commands: Sequence[str], history: bool) -> Callable[[], str]:
     @keys.add("escape", "enter")
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
+
+    def is_open(text: str) -> bool:
+        return text.lstrip().startswith(_QUOTES) and not _is_closed(text)
 
     output = create_output()
     if isinstance(output, Vt100_Output):
@@ -65,6 +95,8 @@ def _line_editor(commands: Sequence[str], history: bool) -> Callable[[], str]:
         key_bindings=keys,
         output=output,
         enable_open_in_editor=True,
+        # Enter starts a new line, until the quotation marks are closed.
+        multiline=Condition(lambda: is_open(session.default_buffer.text)),
     )
 
     def prompt() -> str:

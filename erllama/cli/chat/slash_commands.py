@@ -8,6 +8,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, Never
 
+from erllama.cli.chat.conversations import (
+    is_name,
+    list_conversations,
+    new_conversation_path,
+    saved_conversation,
+)
 from erllama.cli.chat.session import ChatSession
 from erllama.cli.console import format_count
 from erllama.cli.options import parse_value
@@ -58,9 +64,29 @@ def _quit(session: ChatSession, argument: str) -> Never:
     raise Quit
 
 
+def _model(session: ChatSession, argument: str) -> str:
+    if not argument:
+        return session.loaded.list()
+    name = _word(argument, "/model NAME: pass one name or file")
+    if not session.loaded.switch(name):
+        return f"{session.loaded.name} is loaded already"
+    done = f"{session.loaded.name} is loaded, with {format_count(session.model.n_ctx, 'token')} of context"
+    try:
+        session.n_tokens()
+    except Error as error:
+        return f"{done}. Its template refuses this conversation: {error}; /reset starts a new one"
+    return done
+
+
 def _reset(session: ChatSession, argument: str) -> str:
-    session.messages.clear()
+    session.reset()
     return "new conversation" + ("; the system message is kept" if session.system else "")
+
+
+def _file(session: ChatSession, argument: str) -> str:
+    path = Path(_word(argument, "/file FILE: pass one file")).expanduser()
+    n_tokens = session.attach(path)
+    return f"{path.name}: {format_count(n_tokens, 'token')}, sent with the next message"
 
 
 def _system(session: ChatSession, argument: str) -> str:
@@ -69,25 +95,50 @@ def _system(session: ChatSession, argument: str) -> str:
 
 
 def _save(session: ChatSession, argument: str) -> str:
-    path = _path(argument, "/save FILE")
-    session.save(path)
-    return f"{format_count(len(session.all_messages), 'message')} saved to {path}"
+    if not argument and session.name is None:
+        raise CommandError("/save NAME: pass the name of a conversation, or one file")
+    target = _word(argument, "/save NAME: pass one name, or one file") if argument else str(session.name)
+    n_messages = format_count(len(session.all_messages), "message")
+    if is_name(target):
+        session.save(new_conversation_path(target))
+        session.name = target
+        return f"{n_messages} saved as {target}; /resume {target} continues from there"
+    session.save(Path(target).expanduser())
+    return f"{n_messages} saved to {Path(target).expanduser()}"
+
+
+def _resume(session: ChatSession, argument: str) -> str:
+    if not argument:
+        return list_conversations()
+    return resume(session, _word(argument, "/resume NAME: pass one name"))
+
+
+def resume(session: ChatSession, name: str) -> str:
+    """Continue a saved conversation; return a message for the user.
+
+    Raises:
+        erllama.Error, OSError: there is none of this name, or it cannot be loaded.
+    """
+    session.load(saved_conversation(name))
+    session.name = name
+    return f"{name}: {format_count(len(session.all_messages), 'message')}"
 
 
 def _load(session: ChatSession, argument: str) -> str:
-    path = _path(argument, "/load FILE")
+    path = Path(_word(argument, "/load FILE: pass one file")).expanduser()
     session.load(path)
     return f"{format_count(len(session.all_messages), 'message')} loaded from {path}"
 
 
-def _path(argument: str, usage: str) -> Path:
+def _word(argument: str, usage: str) -> str:
+    """Return the only word of an argument, which may be quoted."""
     try:
         words = shlex.split(argument)
     except ValueError as error:
-        raise CommandError(f"{usage}: {error}") from None
-    if len(words) != 1 or "\0" in words[0]:
-        raise CommandError(f"{usage}: pass one file")
-    return Path(words[0]).expanduser()
+        raise CommandError(f"{usage} ({error})") from None
+    if len(words) != 1 or not words[0] or "\0" in words[0]:
+        raise CommandError(usage)
+    return words[0]
 
 
 def _regenerate(session: ChatSession, argument: str) -> Completion:
@@ -111,8 +162,11 @@ def _set(session: ChatSession, argument: str) -> str:
 
 
 def _think(session: ChatSession, argument: str) -> str:
+    if argument == "show":
+        thinking = session.replies[-1].thinking if session.replies else ""
+        return thinking or "the last reply has no thinking"
     if argument not in ("on", "off"):
-        raise OptionError(f"/think {argument}: pass on or off".replace(" :", ":"))
+        raise OptionError(f"/think {argument}: pass on or off, or show".replace(" :", ":"))
     session.set_options({"thinking": argument == "on"})
     return f"thinking is {argument}, if the model supports it"
 
@@ -148,10 +202,13 @@ COMMANDS = {
     "set": SlashCommand(
         _set, "NAME VALUE", "set an option of the replies, such as temperature 0.2; without VALUE, reset it"
     ),
-    "think": SlashCommand(_think, "on|off", "turn thinking before replies on or off"),
+    "think": SlashCommand(_think, "on|off|show", "turn thinking on or off; show the thinking of the last reply"),
+    "file": SlashCommand(_file, "FILE", "add the text of a file to the next message"),
+    "model": SlashCommand(_model, "NAME", "continue with another model; without NAME, list the models"),
     "regenerate": SlashCommand(_regenerate, "", "replace the last reply with another one"),
     "reset": SlashCommand(_reset, "", "start a new conversation"),
-    "save": SlashCommand(_save, "FILE", "save the messages to a file, as JSON"),
+    "save": SlashCommand(_save, "NAME|FILE", "save the conversation under a name, or to a file, as JSON"),
+    "resume": SlashCommand(_resume, "NAME", "continue a saved conversation; without NAME, list them"),
     "load": SlashCommand(_load, "FILE", "load the messages of a file, and continue from there"),
     "tokens": SlashCommand(_tokens, "", "show how much of the context is used"),
     "stats": SlashCommand(_stats, "", "show timings and cache statistics"),
@@ -159,6 +216,7 @@ COMMANDS = {
 }
 _KEYS = [
     ("Alt-Enter", "start a new line"),
+    ('"""', "begin and end a message of several lines"),
     ("Ctrl-C", "end the reply, and keep its text so far"),
     ("Ctrl-D", "leave"),
 ]

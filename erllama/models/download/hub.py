@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, downloaded into the cache of huggingface_hub.
+"""Models of the Hugging Face hub, downloaded into the cache of huggingface_hub or into a directory.
 
 huggingface_hub supplies the endpoint (`HF_ENDPOINT`), the token, the offline mode (`HF_HUB_OFFLINE`) and the
 session. `transfer` gets the files, because huggingface_hub neither continues a download of an earlier process nor
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,30 +23,30 @@ from erllama.cache.sizes import format_size
 from erllama.checks import import_optional, shown
 from erllama.engine.backends.gguf_parts import split_name
 from erllama.errors import DownloadError, LoadCancelled, OptionError
-from erllama.models.download.transfer import TransferError, file_digest, get_file
+from erllama.models.download.places import (
+    COMMIT,
+    CachePlace,
+    DirectoryPlace,
+    HubFile,
+    is_inside,
+    snapshot,
+    write_reference,
+)
+from erllama.models.download.transfer import TransferError, get_file, has_digest
 from erllama.models.local_model import model_files, quantization_in
 from erllama.models.stores.hugging_face import cache_directory
-from erllama.models.stores.walk import read_small, walk
+from erllama.models.stores.walk import walk
 
 # Preferred where the name of a model has no quantization: the usual compromise, as in llama.cpp and Ollama.
 _DEFAULT_QUANTIZATION = "Q4_K_M"
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TIMEOUT = 30.0  # seconds without a byte
 # The hub serves larger files only through its own protocol.
 _LARGEST_HTTP_FILE = 50 * 10**9
 
 ProgressCallback = Callable[[float], object]
-
-
-@dataclass(frozen=True, slots=True)
-class _HubFile:
-    """A file of a repository: its place, its size in bytes and its SHA-256."""
-
-    name: str
-    n_bytes: int
-    sha256: str
+StrPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class _HubModel:
     """A model in a repository: one file, or all parts of a split one. `stem` is its place without ".gguf"."""
 
     stem: str
-    files: tuple[_HubFile, ...]
+    files: tuple[HubFile, ...]
 
 
 def pull_from_hub(
@@ -62,7 +62,9 @@ def pull_from_hub(
     choice: str | None = None,
     *,
     revision: str | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: StrPath | None = None,
+    local_dir: StrPath | None = None,
+    additional_files: Sequence[str] = (),
     on_progress: ProgressCallback | None = None,
 ) -> Path:
     """Download a model of the hub, or continue a download. A model that is there already is only checked.
@@ -73,6 +75,8 @@ def pull_from_hub(
             model of the repository.
         revision: a branch, a tag or a commit; None for "main".
         cache_dir: directory of the cache; None for that of huggingface_hub.
+        local_dir: directory for the files, under their names in the repository; None for the cache.
+        additional_files: names of further files, or patterns that one file each matches.
         on_progress: called with the fraction done, 0.0 to 1.0. Returning False cancels, and what was downloaded is
             kept.
 
@@ -91,21 +95,28 @@ def pull_from_hub(
     hub = _import_hub()
     root = Path(cache_dir).expanduser() if cache_dir is not None else cache_directory()
     folder = root / f"models--{repository.replace('/', '--')}"
+    local = Path(local_dir).expanduser() if local_dir is not None else None
     if hub.constants.HF_HUB_OFFLINE:
-        return _downloaded(folder, repository, choice, revision, "HF_HUB_OFFLINE is set")
+        directory = local or snapshot(folder, revision)
+        return _downloaded(directory, repository, choice, additional_files, "HF_HUB_OFFLINE is set")
     try:
         with _explained(hub, repository):
             info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     except TransferError as error:
-        return _downloaded(folder, repository, choice, revision, str(error))
+        directory = local or snapshot(folder, revision)
+        return _downloaded(directory, repository, choice, additional_files, str(error))
     commit = str(info.sha)
-    if not _COMMIT.fullmatch(commit):
+    if not COMMIT.fullmatch(commit):
         raise DownloadError(f"the hub names the commit {shown(commit)} of {repository}, which is not one")
-    model = _chosen(_models(info.siblings or ()), repository, choice)
-    download = _RepositoryDownload(hub, repository, folder, commit, model, on_progress)
-    path = download.run()
-    if revision is None or not _COMMIT.fullmatch(revision):
-        _write_reference(folder, revision or "main", commit)
+    files = _files(info.siblings or ())
+    chosen = {file.name: file for file in _chosen(_models(files), repository, choice).files}
+    by_name = {file.name: file for file in files}
+    for name in _additional(by_name, repository, additional_files):
+        chosen[name] = by_name[name]
+    place = DirectoryPlace(local) if local is not None else CachePlace(folder, commit)
+    path = _RepositoryDownload(hub, repository, commit, tuple(chosen.values()), place, on_progress).run()
+    if local is None and (revision is None or not COMMIT.fullmatch(revision)):
+        write_reference(folder, revision or "main", commit)
     return path
 
 
@@ -127,44 +138,41 @@ def _import_hub() -> ModuleType:
 
 
 class _RepositoryDownload:
-    """The download of one model of a repository into the cache."""
+    """The download of files of a repository to their place."""
 
     def __init__(
         self,
         hub: ModuleType,
         repository: str,
-        folder: Path,
         commit: str,
-        model: _HubModel,
+        files: Sequence[HubFile],
+        place: CachePlace | DirectoryPlace,
         on_progress: ProgressCallback | None,
     ) -> None:
-        self._hub, self._repository, self._folder, self._commit = hub, repository, folder, commit
-        self._model, self._on_progress = model, on_progress
-        self._n_bytes = sum(file.n_bytes for file in model.files)
+        self._hub, self._repository, self._commit = hub, repository, commit
+        self._files, self._place, self._on_progress = files, place, on_progress
+        self._n_bytes = sum(file.n_bytes for file in files)
         self._done = 0  # bytes of the files before the current one
 
     def run(self) -> Path:
         """Get the files that are missing, and return the first one."""
-        paths = [self._get(file) for file in self._model.files]
+        paths = [self._get(file) for file in self._files]
         return paths[0]
 
-    def _get(self, file: _HubFile) -> Path:
-        blob = self._folder / "blobs" / file.sha256
-        pointer = self._folder / "snapshots" / self._commit / PurePosixPath(file.name)
-        if blob.exists() and (blob.stat().st_size != file.n_bytes or file_digest(blob) != file.sha256):
-            blob.unlink()  # damaged
-        if not blob.exists():
+    def _get(self, file: HubFile) -> Path:
+        target = self._place.target(file)
+        if not has_digest(target, file.n_bytes, file.digest):
+            self._place.remove_damaged(target)
             if file.n_bytes > _LARGEST_HTTP_FILE:
                 raise DownloadError(
                     f"{file.name} has {format_size(file.n_bytes)}, and the hub serves files of more than 50 GB "
                     f"only through its own protocol; run `hf download {self._repository} {file.name}`"
                 )
-            partial = blob.with_name(f"{file.sha256}.incomplete")
+            partial = target.with_name(f"{file.digest}.incomplete")
             source = _HubSource(self._hub, self._repository, self._commit, file.name)
-            get_file(source, blob, partial, file.n_bytes, file.sha256, self._report)
-        _link(pointer, blob)
+            get_file(source, target, partial, file.n_bytes, file.digest, self._report)
         self._done += file.n_bytes
-        return pointer
+        return self._place.link(file)
 
     def _report(self, n_bytes: int) -> None:
         if self._on_progress is not None:
@@ -234,28 +242,49 @@ def _explained(hub: ModuleType, repository: str) -> Iterator[None]:
         raise TransferError(f"{type(error).__name__}: {error or 'the connection failed'}") from None
 
 
-def _models(siblings: Sequence[Any]) -> list[_HubModel]:
-    """Return the GGUF models of a repository. Names that would leave its directory are left out."""
-    groups: dict[tuple[str, int], dict[int, _HubFile]] = {}
+def _files(siblings: Sequence[Any]) -> list[HubFile]:
+    """Return the files of a repository that have a digest. Names that would leave its directory are left out."""
+    files = []
     for sibling in siblings:
         name, lfs = str(sibling.rfilename), sibling.lfs
-        place = PurePosixPath(name)
-        if not name.endswith(".gguf") or "mmproj" in place.name.lower() or not _is_inside(name):
-            continue
-        if lfs is None or not _SHA256.fullmatch(str(lfs.sha256)) or not isinstance(lfs.size, int) or lfs.size < 0:
-            continue  # without a digest, nothing could be checked
-        stem, part, count = split_name(place.name)
-        groups.setdefault((str(place.parent / stem), count), {})[part] = _HubFile(name, lfs.size, lfs.sha256)
+        digest, size = (lfs.sha256, lfs.size) if lfs is not None else (sibling.blob_id, sibling.size)
+        pattern = _SHA256 if lfs is not None else COMMIT
+        if is_inside(name) and pattern.fullmatch(str(digest)) and isinstance(size, int) and size >= 0:
+            files.append(HubFile(name, size, str(digest)))
+    return files
+
+
+def _models(files: Sequence[HubFile]) -> list[_HubModel]:
+    """Return the GGUF models among the files of a repository. They have a SHA-256."""
+    groups: dict[tuple[str, int], dict[int, HubFile]] = {}
+    for file in files:
+        place = PurePosixPath(file.name)
+        if file.name.endswith(".gguf") and "mmproj" not in place.name.lower() and _SHA256.fullmatch(file.digest):
+            stem, part, count = split_name(place.name)
+            groups.setdefault((str(place.parent / stem), count), {})[part] = file
     return [
-        _HubModel(stem, tuple(files[part] for part in sorted(files)))
-        for (stem, count), files in sorted(groups.items())
-        if len(files) == count
+        _HubModel(stem, tuple(parts[part] for part in sorted(parts)))
+        for (stem, count), parts in sorted(groups.items())
+        if len(parts) == count
     ]
 
 
-def _is_inside(name: str) -> bool:
-    parts = name.split("/")
-    return not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts)
+def _additional(names: Iterable[str], repository: str, wanted: Sequence[str]) -> list[str]:
+    """Return the additional files: for each name or pattern, the one file that it matches.
+
+    Raises:
+        DownloadError: no file matches, or several do.
+    """
+    names = sorted(names)
+    found = []
+    for pattern in wanted:
+        matching = [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
+        if len(matching) != 1:
+            problem = "no file" if not matching else f"{len(matching)} files"
+            listed = ", ".join((matching or names)[:8])
+            raise DownloadError(f"{problem} of {repository} match {shown(pattern)}; choose one of {listed}")
+        found += matching
+    return found
 
 
 def _chosen(models: Sequence[_HubModel], repository: str, choice: str | None) -> _HubModel:
@@ -292,43 +321,20 @@ def _matching(models: Sequence[_HubModel], choice: str) -> list[_HubModel]:
     return [m for m in models if quantization_in(m.stem) == choice.upper()]
 
 
-def _downloaded(folder: Path, repository: str, choice: str | None, revision: str | None, reason: str) -> Path:
+def _downloaded(
+    directory: Path | None, repository: str, choice: str | None, additional: Sequence[str], reason: str
+) -> Path:
     """Return a model that was downloaded before, while the hub cannot be reached.
 
     Raises:
-        DownloadError: it is not in the cache.
+        DownloadError: it is not in the directory.
     """
-    commit = revision if revision and _COMMIT.fullmatch(revision) else _read_reference(folder, revision or "main")
-    snapshot = folder / "snapshots" / commit
-    files = [file for file in model_files(walk(snapshot)) if not file.problem] if commit else []
-    by_stem = {(file.path.parent.relative_to(snapshot) / file.stem).as_posix(): file for file in files}
-    models = [_HubModel(stem, (_HubFile(f"{stem}.gguf", file.n_bytes, ""),)) for stem, file in by_stem.items()]
-    if not models:
+    files = [file for file in model_files(walk(directory)) if not file.problem] if directory is not None else []
+    if directory is None or not files:
         raise DownloadError(f"{repository} is not downloaded yet, and the hub cannot be reached: {reason}")
+    by_stem = {(file.path.parent.relative_to(directory) / file.stem).as_posix(): file for file in files}
+    models = [_HubModel(stem, (HubFile(f"{stem}.gguf", file.n_bytes, ""),)) for stem, file in by_stem.items()]
+    if additional:
+        names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+        _additional(names, repository, additional)
     return by_stem[_chosen(models, repository, choice).stem].path
-
-
-def _link(pointer: Path, blob: Path) -> None:
-    """Make a file of a snapshot: a relative link to its blob, or the blob itself where there are no links."""
-    if pointer.exists():
-        return
-    pointer.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        pointer.unlink(missing_ok=True)  # a link whose blob was missing
-        pointer.symlink_to(os.path.relpath(blob, pointer.parent))
-    except OSError:
-        blob.replace(pointer)
-
-
-def _read_reference(folder: Path, revision: str) -> str:
-    if not _is_inside(revision):
-        return ""
-    commit = (read_small(folder / "refs" / revision) or b"").decode("ascii", "replace").strip()
-    return commit if _COMMIT.fullmatch(commit) else ""
-
-
-def _write_reference(folder: Path, revision: str, commit: str) -> None:
-    if _is_inside(revision):
-        path = folder / "refs" / revision
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(commit, encoding="ascii")

@@ -1,8 +1,8 @@
 """Gets one file over HTTP: resumed where an earlier attempt ended, and checked before it has its name.
 
 The bytes go to a partial file beside the target. A process that ends leaves it, and the next call continues it. The
-SHA-256 is checked over all of it. A partial file with the wrong digest is deleted, and the target never exists with
-wrong content.
+digest is checked over all of it. A partial file with the wrong digest is deleted, and the target never exists with
+wrong content. A digest is a SHA-256, or the SHA-1 by which git names small files.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ class TransferError(Exception):
     """A connection failed. Another attempt may succeed."""
 
 
-def get_file(source: Source, target: Path, partial: Path, n_bytes: int, sha256: str, on_progress: Progress) -> None:
+def get_file(source: Source, target: Path, partial: Path, n_bytes: int, digest: str, on_progress: Progress) -> None:
     """Get a file, and rename it to `target` when it is complete and its digest is right.
 
     Args:
         partial: the partial file, on the file system of `target`. Continued if it exists.
+        digest: in hex: a SHA-256, or git's SHA-1 of a blob.
         on_progress: called with the bytes that exist, and may raise to end the transfer.
 
     Raises:
@@ -71,14 +72,20 @@ def get_file(source: Source, target: Path, partial: Path, n_bytes: int, sha256: 
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise DownloadError(f"another process downloads {target.name}; wait until it has ended") from None
-        if target.exists() or not partial.exists():  # another process has got it in between
+        if not partial.exists():  # another process has got it in between
+            return
+        if has_digest(target, n_bytes, digest):
+            partial.unlink()
             return
         _check_space(partial.parent, n_bytes - _size(file), target.name)
         _Transfer(source, file, target.name, n_bytes, on_progress).run()
-        if (found := _digest(file)) != sha256:
+        file.flush()
+        file.seek(0)
+        if (found := _digest(file, n_bytes, digest)) != digest:
             partial.unlink(missing_ok=True)
+            kind = "sha1" if _is_of_git(digest) else "sha256"
             raise DownloadError(
-                f"{target.name} has sha256 {found}, expected {sha256}; it is deleted. Download it again"
+                f"{target.name} has {kind} {found}, expected {digest}; it is deleted. Download it again"
             )
         file.flush()
         os.fsync(file.fileno())
@@ -142,13 +149,25 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    file.flush()
-    file.seek(0)
+def has_digest(path: Path, n_bytes: int, digest: str) -> bool:
+    """Return whether a file exists and has this size and this digest."""
+    if not path.exists() or path.stat().st_size != n_bytes:
+        return False
+    with path.open("rb") as file:
+        return _digest(file, n_bytes, digest) == digest
+
+
+def _digest(file: IO[bytes], n_bytes: int, like: str) -> str:
+    """Return the digest of a file from its position on, of the kind that `like` is."""
+    git_header = b"blob %d\0" % n_bytes
+    digest = hashlib.sha1(git_header, usedforsecurity=False) if _is_of_git(like) else hashlib.sha256()
     while piece := file.read(_CHUNK):
         digest.update(piece)
     return digest.hexdigest()
+
+
+def _is_of_git(digest: str) -> bool:
+    return len(digest) == 40
 
 
 def _size(file: IO[bytes]) -> int:

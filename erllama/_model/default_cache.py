@@ -1,4 +1,4 @@
-"""The cache of every `Llama` without one of its own."""
+"""The cache on disk of what other programs load: the drop-in for llama-cpp-python, and the plugin of llm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _default_cache: Cache | None = None
 
 
 def default_cache() -> Cache:
-    """Return the cache of every `Llama` without one of its own: in memory and in the user's cache directory.
+    """Return the cache of this process in memory and in the user's cache directory.
 
     The variable ERLLAMA_CACHE_DIR names another directory.
     """
