@@ -139,6 +139,9 @@ class CountingStore:
         self.objects: dict[str, bytes] = {}
         self.counts: Counter[str] = Counter()
 
+    def create(self) -> None:
+        pass
+
     def get(self, name: str, limit: int, on_response: Callable[[], None] = do_nothing) -> memoryview:
         self.counts["gets"] += 1
         if name not in self.objects:
@@ -202,7 +205,8 @@ def simulate(n_machines: int, minutes: int, kv_bytes_per_token: int) -> None:
             tokens = token_bytes(dice.integers(0, 128_000, BLOCK_SIZE))
             block = Block.following(namespace, namespace, 0, tokens, SaveReason.COLD)
             version = dice.bytes(8)
-            entry, _ = blocks.store(block, payload, version, codec.name(block, version, NO_KEY), NO_KEY)
+            entry = blocks.new_entry(block, payload, version, codec.name(block, version, NO_KEY), NO_KEY)
+            blocks.store(entry)
             log.append(entry)
             n_stored += 1
             log.publish()

@@ -27,7 +27,7 @@ from erllama.cache.tiers.read_only import is_read_only
 from erllama.cache.tiers.reconciler import is_fault_of_file
 from erllama.cache.tiers.row_codec import BLOCK
 from erllama.cache.tiers.tier import TierRow
-from erllama.errors import CacheError, CacheFormatError
+from erllama.errors import CacheError, CacheFormatError, CacheVersionError
 
 log = logger("erllama.cache")
 
@@ -109,13 +109,17 @@ class _RotatingTier(FileTier):
         """Encrypt the blocks with the current key. Returns those that it encrypted, and how many were damaged."""
         n_blocks = n_bytes = n_damaged = 0
         deadline = time.monotonic() + _WAIT_SECONDS
-        while left := self._rows_under_old_keys():
+        newer: dict[bytes, str] = {}  # blocks that this release cannot read, and why
+        while left := [row for row in self._rows_under_old_keys() if row.block.key not in newer]:
             in_flight = 0
             for n_done, row in enumerate(left, 1):
                 try:
                     written = self._encrypt(row)
                 except FileNotFoundError:
                     self._drop_row(row)
+                    continue
+                except CacheVersionError as error:
+                    newer[row.block.key] = f"{self.location_of(row.block)}: {error}"
                     continue
                 except CacheFormatError as error:
                     log.warning("%s: %s; removed", self.location_of(row.block), error)
@@ -129,6 +133,9 @@ class _RotatingTier(FileTier):
                 if time.monotonic() > deadline:
                     raise CacheError(f"other processes are writing {in_flight} blocks of {self.root}; run it again")
                 time.sleep(_RETRY_SECONDS)
+        if newer:
+            example = next(iter(newer.values()))
+            raise CacheError(f"{len(newer)} blocks are of a newer release ({example}); run rekey of that release")
         return BlockTotals(n_blocks, n_bytes), n_damaged
 
     def _rows_under_old_keys(self) -> list[TierRow]:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import threading
 
+from erllama._runtime.log import logger
 from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.pipeline.change_feed import ChangeFeed
 from erllama.cache.pipeline.evictor import Evictor
 from erllama.cache.pipeline.tier_set import TierSet
 from erllama.cache.pipeline.write_queue import WriteQueue
 from erllama.cache.tiers.tier import Tier
+
+log = logger("erllama.cache")
 
 
 class GarbageCollector:
@@ -48,11 +51,16 @@ class GarbageCollector:
                     with self._tiers.guard("repairing", tier):
                         tier.repair()
                         self._tiers.sync(tier)
-                        freed += 0 if tier.read_only else self._remove_unreachable(tier)
+                        freed += self._remove_unreachable(tier)
                     self._evictor.fit_to_budget(tier)
         return freed
 
     def _remove_unreachable(self, tier: Tier) -> int:
+        if tier.read_only:
+            return 0
+        if tier.unlisted is not None:
+            log.warning("%s: %s; no unreachable block is removed", tier.location, tier.unlisted)
+            return 0
         with tier.exclusive():
             self._tiers.sync(tier)
             with self._lock:

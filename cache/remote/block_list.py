@@ -2,7 +2,8 @@
 
 Of two entries of a block, the later one counts. All machines that have read the same segments therefore have the
 same list, in whatever order they read them. A block whose key this machine lacks is hidden: it stays in the
-manifests, and counts as not stored. Thread-safe; no call waits.
+manifests, and counts as not stored. So does one whose object this machine cannot use although others may.
+Thread-safe; no call waits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from erllama.cache.blocks.block import Block
 from erllama.cache.remote.manifest import Entry, Event
 from erllama.cache.tiers.tier import Changes, TierRow
 
-# A removal is remembered for as long as a segment with the older entry may be on its way.
+# A removal is remembered for at least as long as a segment with the older entry may be on its way.
 _REMOVAL_NS = 24 * 3600 * 10**9
 
 
@@ -28,38 +29,63 @@ class BlockList:
         self._used: dict[bytes, int] = {}  # later uses than those in the entries, in ns since 1970
         self._uses_of_others: dict[bytes, int] = {}  # not returned by `take_uses` yet
         self._changed: set[bytes] = set()  # blocks whose change the cache has yet to see
+        self._hidden: set[bytes] = set()  # blocks whose objects this machine cannot use; see `hide`
 
     def __len__(self) -> int:
         with self._lock:
-            return sum(entry.readable for entry in self._entries.values())
+            return sum(self._shown(entry) for entry in self._entries.values())
 
     # --- this machine's own changes ----------------------------------------------------------------
 
-    def store(
-        self, block: Block, n_bytes: int, version: bytes, object_name: str, key_id: bytes
-    ) -> tuple[Entry, Entry | None]:
-        """Record that this machine stores a block. Returns the new entry, and the old one if it can be read."""
+    def new_entry(self, block: Block, n_bytes: int, version: bytes, object_name: str, key_id: bytes) -> Entry:
+        """Return an entry of a block that this machine stores, later than the one that counts. `store` lists it."""
         with self._lock:
-            older = self._entries.get(block.key)
-            at = self._next_time(older)
-            used = min(at, time.time_ns())
-            entry = Entry(Event.STORED, at, block.key, block, n_bytes, version, used, key_id, object_name)
-            self._entries[block.key] = entry
-            self._used.pop(block.key, None)
-            self._changed.discard(block.key)
-            return entry, older if older is not None and older.readable else None
+            at = self._next_time(self._entries.get(block.key))
+        used = min(at, time.time_ns())
+        return Entry(Event.STORED, at, block.key, block, n_bytes, version, used, key_id, object_name)
 
-    def remove(self, key: bytes) -> tuple[Entry, Entry] | None:
-        """Record that this machine removes a block. Returns the new and the old entry; None if it is unknown."""
+    def store(self, entry: Entry) -> Entry | None:
+        """Record that this machine stores a block. Returns the entry that no longer counts, if it can be read."""
+        with self._lock:
+            older = self._entries.get(entry.key)
+            if older is not None and _order(older) > _order(entry):
+                return entry  # another machine has stored it meanwhile
+            shown = older is not None and self._shown(older)
+            self._entries[entry.key] = entry
+            self._used.pop(entry.key, None)
+            self._changed.discard(entry.key)
+            self._hidden.discard(entry.key)
+            return older if shown else None
+
+    def remove(self, key: bytes, *, gone: bool = False) -> tuple[Entry, Entry] | None:
+        """Record that this machine removes a block. Returns the new and the old entry; None if it is unknown.
+
+        Args:
+            gone: because its object is missing. That says nothing of a version that others have stored since.
+        """
         with self._lock:
             older = self._entries.get(key)
-            if older is None or not older.readable:
+            if older is None or not self._shown(older):
                 return None
-            entry = Entry(Event.REMOVED, self._next_time(older), key)
+            entry = Entry(Event.REMOVED, older.at if gone else self._next_time(older), key)
             self._entries[key] = entry
             self._used.pop(key, None)
+            self._uses_of_others.pop(key, None)
             self._changed.discard(key)
             return entry, older
+
+    def hide(self, key: bytes) -> None:
+        """Do not use a block, until a later version of it is stored. For other machines, nothing changes."""
+        with self._lock:
+            if key in self._entries:
+                self._hidden.add(key)
+                self._changed.discard(key)
+
+    @property
+    def has_hidden(self) -> bool:
+        """Whether there are stored blocks that this machine cannot use."""
+        with self._lock:
+            return bool(self._hidden) or any(entry.hidden for entry in self._entries.values())
 
     def lose(self, entry: Entry) -> bool:
         """Forget a block whose object is not there, unless a newer version was stored. The cache will see that."""
@@ -83,7 +109,7 @@ class BlockList:
         """
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None or not entry.readable or at <= (before := self._last_use(entry)):
+            if entry is None or not self._shown(entry) or at <= (before := self._last_use(entry)):
                 return None
             self._used[key] = at
             # Steps of the clock, so that many small differences add up.
@@ -110,6 +136,10 @@ class BlockList:
                 else:
                     older, self._entries[entry.key] = known, entry
                     self._changed.add(entry.key)
+                    self._hidden.discard(entry.key)
+                    if entry.block is None:
+                        self._used.pop(entry.key, None)
+                        self._uses_of_others.pop(entry.key, None)
                 newest = self._entries[entry.key]
                 if older is None or older.block is None or newest.block is None:
                     continue
@@ -118,6 +148,9 @@ class BlockList:
         return replaced
 
     def _merge_use(self, entry: Entry) -> None:
+        known = self._entries.get(entry.key)
+        if known is not None and known.block is None:
+            return
         at = min(entry.at, time.time_ns())  # a clock that was ahead must not protect a block forever
         if at > self._used.get(entry.key, 0):
             self._used[entry.key] = self._uses_of_others[entry.key] = at
@@ -128,10 +161,22 @@ class BlockList:
             if entry.event is Event.USED:
                 known = self._entries.get(entry.key)
                 return known is not None and known.block is not None and self._used.get(entry.key, 0) <= entry.at
-            if entry.event is Event.REMOVED and entry.at < time.time_ns() - _REMOVAL_NS:
-                return False
             known = self._entries.get(entry.key)
-            return known is not None and _order(known) == _order(entry)
+            if known is None:  # it could not be uploaded again; that is no removal
+                return entry.event is Event.STORED
+            return _order(known) == _order(entry)
+
+    def shared(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return the same entries, those that count as the objects of this list, so that memory has them once."""
+        with self._lock:
+            return [
+                known
+                if entry.event is not Event.USED
+                and (known := self._entries.get(entry.key)) is not None
+                and _order(known) == _order(entry)
+                else entry
+                for entry in entries
+            ]
 
     # --- reading --------------------------------------------------------------------------------------
 
@@ -139,31 +184,41 @@ class BlockList:
         """Return the entry of a stored block; None if it is not stored."""
         with self._lock:
             entry = self._entries.get(key)
-            return entry if entry is not None and entry.readable else None
+            return entry if entry is not None and self._shown(entry) else None
 
     def rows(self) -> list[TierRow]:
         """Return all stored blocks. `take_changes` then returns later changes only."""
         with self._lock:
             self._changed.clear()
-            return [self._row(entry) for entry in self._entries.values() if entry.readable]
+            return [self._row(entry) for entry in self._entries.values() if self._shown(entry)]
 
     def names(self) -> set[str]:
-        """Return the names of the objects of all stored blocks."""
+        """Return the names of the objects of all stored blocks, hidden ones included."""
         with self._lock:
             return {entry.object_name for entry in self._entries.values() if entry.readable}
 
     def unused_since(self, before: int) -> list[bytes]:
         """Return the keys of the blocks that were last used before a time, in ns since 1970."""
         with self._lock:
-            stored = [entry for entry in self._entries.values() if entry.readable]
+            stored = [entry for entry in self._entries.values() if self._shown(entry)]
             return [entry.key for entry in stored if self._last_use(entry) < before]
 
-    def expire_removals(self) -> None:
-        """Forget removals that every machine has read long ago."""
+    def old_removals(self) -> set[bytes]:
+        """Return the keys of the blocks whose removal every machine has read long ago."""
         before = time.time_ns() - _REMOVAL_NS
         with self._lock:
-            for key in [k for k, entry in self._entries.items() if entry.block is None and entry.at < before]:
-                del self._entries[key]
+            return {key for key, entry in self._entries.items() if entry.block is None and entry.at < before}
+
+    def forget_removals(self, keys: Iterable[bytes]) -> None:
+        """Forget removals, and the uses of blocks that are not listed."""
+        with self._lock:
+            for key in keys:
+                known = self._entries.get(key)
+                if known is not None and known.block is None:
+                    del self._entries[key]
+            for uses in (self._used, self._uses_of_others):
+                for key in [key for key in uses if key not in self._entries]:
+                    del uses[key]
 
     def mark_changed(self, key: bytes) -> None:
         """Let `take_changes` return a block, whose change this machine made by itself."""
@@ -184,7 +239,7 @@ class BlockList:
             removed: list[bytes] = []
             for key in self._changed:
                 entry = self._entries.get(key)
-                if entry is not None and entry.readable:
+                if entry is not None and self._shown(entry):
                     stored.append(self._row(entry))
                 else:
                     removed.append(key)
@@ -198,6 +253,10 @@ class BlockList:
             uses = list(self._uses_of_others.items())
             self._uses_of_others.clear()
             return uses
+
+    def _shown(self, entry: Entry) -> bool:
+        """Return whether an entry is of a stored block that this machine can use. Called with the lock."""
+        return entry.readable and entry.key not in self._hidden
 
     def _row(self, entry: Entry) -> TierRow:
         assert entry.block is not None

@@ -3,6 +3,9 @@
 An object is written under a temporary name, made durable, and published with link(2), which never replaces a file.
 On a file system without hard links, rename(2) publishes it: blocks are named after their content, so replacing one
 changes nothing. Directories have the mode 0700 and files 0600, as those of the disk tier.
+
+A file system that is not mounted leaves an empty directory, which must not look like a store without objects: all
+machines would lose theirs. So a store has a marker, and without it, each call fails.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import numpy as np
 from erllama.cache.remote.stores import Content, Stored, do_nothing
 from erllama.errors import CacheFormatError, RemoteAccessError, RemoteUnreachable
 
+MARKER = "erllama-store"
+_MARKER_TEXT = b"Marks a remote tier of erllama. Without this file, the directory is not used.\n"
 _PARTIAL = ".partial"
 _LEFTOVER_SECONDS = 24 * 3600.0  # far longer than a write takes
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
@@ -28,14 +33,44 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class DirectoryStore:
-    """The object store in a directory, created if missing. Follows no links below it."""
+    """The object store in a directory. Does not follow a link in the place of an object."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._existed = False
+
+    def create(self) -> None:
+        if self._existed:
+            return
+        with self._errors(MARKER):
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            _make_private(self.root, self.root)
+            with suppress(FileExistsError):
+                descriptor = os.open(self.root / MARKER, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "wb", 0) as file:
+                    file.write(_MARKER_TEXT)
+                    os.fsync(file.fileno())
+        self._check()
+
+    def _check(self) -> None:
+        """Raise RemoteUnreachable if the store is not there."""
+        with self._errors(MARKER):
+            try:
+                os.lstat(self.root / MARKER)
+            except FileNotFoundError:
+                raise RemoteUnreachable(
+                    f"{self.root} has no file {MARKER}, so it is no remote tier; mount the file system. A machine "
+                    "that may write creates the file when it opens its cache"
+                ) from None
+        self._existed = True
 
     def get(self, name: str, limit: int, on_response: Callable[[], None] = do_nothing) -> memoryview:
         with self._errors(name):
-            descriptor = os.open(self.root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                descriptor = os.open(self.root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            except FileNotFoundError:
+                self._check()
+                raise
             with os.fdopen(descriptor, "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
                 on_response()
@@ -52,14 +87,15 @@ class DirectoryStore:
         raise AssertionError  # `_errors` raises
 
     def put(self, name: str, parts: Sequence[Content], *, replace: bool = False) -> bool:
+        self._check()
         with self._errors(name):
             final = self.root / name
             if not replace and os.path.lexists(final):
                 return False
             partial = self.root / _PARTIAL / secrets.token_hex(16)
-            for directory in (partial.parent, final.parent):
-                _make_private(directory, self.root)
             try:
+                for directory in (partial.parent, final.parent):
+                    _make_private(directory, self.root)
                 with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", 0) as file:
                     for part in parts:
                         left = memoryview(part).cast("B")
@@ -67,19 +103,21 @@ class DirectoryStore:
                             left = left[file.write(left) :]
                     getattr(os, "fdatasync", os.fsync)(file.fileno())
                 return _publish(partial, final, replace)
+            except FileNotFoundError as error:  # a directory is gone
+                raise RemoteUnreachable(f"{self.root}: {error.strerror} ({name})") from error
             finally:
                 partial.unlink(missing_ok=True)
         raise AssertionError
 
     def delete(self, names: Iterable[str]) -> None:
+        self._check()
         for name in names:
             with self._errors(name):
                 (self.root / name).unlink(missing_ok=True)
 
     def list(self, prefix: str) -> Iterator[Stored]:
-        with self._errors(prefix):
-            os.stat(self._existing_root())  # a mount that is gone is an error, not an empty store
-            self._remove_leftovers()
+        self._check()
+        self._remove_leftovers()
         waiting = [self.root / prefix]
         while waiting:
             directory = waiting.pop()
@@ -94,10 +132,7 @@ class DirectoryStore:
                         name = (directory / entry.name).relative_to(self.root).as_posix()
                         found.append(Stored(name, status.st_size, status.st_mtime))
             yield from found
-
-    def _existing_root(self) -> Path:
-        _make_private(self.root, self.root)
-        return self.root
+        self._check()  # it may have gone meanwhile
 
     def _remove_leftovers(self) -> None:
         """Remove temporary files that ended processes left long ago."""
@@ -123,16 +158,15 @@ class DirectoryStore:
 
 
 def _make_private(directory: Path, root: Path) -> None:
-    """Create a directory and those above it, up to the root. Only their owner can read them."""
+    """Create a directory and those above it, below the root. Only their owner can read them."""
     try:
         os.mkdir(directory, 0o700)
     except FileExistsError:
         return
     except FileNotFoundError:
-        if directory == root:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-        else:
-            _make_private(directory.parent, root)
+        if directory.parent == root:
+            raise  # it exists while the store does
+        _make_private(directory.parent, root)
         with suppress(FileExistsError):
             os.mkdir(directory, 0o700)
 

@@ -11,7 +11,7 @@ import enum
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import xxhash
@@ -29,6 +29,7 @@ VERSION = 1
 ENCRYPTED_VERSION = 2  # whose stored blocks have the id of their key
 MAX_ENTRIES = 4096  # of one segment, which then has about 4 MB with blocks of 256 tokens
 _MAX_RAW_BYTES = 64 << 20  # what a segment may have when it is unpacked: limits what a damaged one can take
+FULL_BYTES = _MAX_RAW_BYTES // 2  # of a segment that is written, unpacked, so that any release reads it
 MAX_SEGMENT_BYTES = _MAX_RAW_BYTES + SEAL_OVERHEAD + SIGNATURE_BYTES
 _LEVEL = 1  # token ids hardly compress, and the rest does at any level
 _NAME = re.compile(rf"{PREFIX}/([0-9a-f]{{16}})-([0-9a-f]{{8}})-(\d{{1,6}})(?:-([0-9a-f]{{16}}))?")
@@ -110,8 +111,34 @@ def parse_name(name: str) -> SegmentName | None:
     return SegmentName(found[1], int(found[2], 16), int(found[3]), bytes.fromhex(found[4] or ""))
 
 
+def raw_bytes(entry: Entry) -> int:
+    """Return the bytes of an entry in a segment, unpacked."""
+    if entry.block is None:
+        return _ENTRY.size + KEY_BYTES
+    return _ENTRY.size + _STORED.size + len(entry.key_id) + entry.block.n_tokens * TOKEN_BYTES
+
+
+def split(entries: Iterable[Entry]) -> Iterator[Sequence[Entry]]:
+    """Yield the entries in parts that fit into one segment each."""
+    part: list[Entry] = []
+    n_bytes = 0
+    for entry in entries:
+        n_entry = raw_bytes(entry)
+        if part and (len(part) >= MAX_ENTRIES or n_bytes + n_entry > FULL_BYTES):
+            yield part
+            part, n_bytes = [], 0
+        part.append(entry)
+        n_bytes += n_entry
+    if part:
+        yield part
+
+
 def encode(entries: Iterable[Entry], codec: ObjectCodec) -> list[bytes]:
-    """Return the content of a segment, as its parts."""
+    """Return the content of a segment, as its parts.
+
+    Raises:
+        ValueError: no machine could read so large a segment; see `split`.
+    """
     pieces = [_HEAD.pack(ENCRYPTED_VERSION if codec.key_id else VERSION)]
     for entry in entries:
         pieces.append(_ENTRY.pack(entry.event, entry.at))
@@ -123,7 +150,10 @@ def encode(entries: Iterable[Entry], codec: ObjectCodec) -> list[bytes]:
         pieces.append(_STORED.pack(*fixed, block.n_tokens, block.namespace, block.parent, block.recipe))
         pieces.append(entry.key_id)
         pieces.append(block.tokens)
-    return codec.encode_segment(zlib.compress(b"".join(pieces), _LEVEL))
+    raw = b"".join(pieces)
+    if len(raw) > _MAX_RAW_BYTES:
+        raise ValueError(f"a segment of {len(raw)} bytes; it may have {_MAX_RAW_BYTES}")
+    return codec.encode_segment(zlib.compress(raw, _LEVEL))
 
 
 def decode(content: memoryview, codec: ObjectCodec) -> list[Entry]:

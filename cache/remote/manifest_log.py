@@ -14,9 +14,10 @@ import secrets
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from itertools import islice
+from typing import NamedTuple
 
 from erllama._runtime.log import logger
 from erllama.cache.remote import manifest
@@ -36,7 +37,23 @@ _READ_AT_ONCE = 4
 _MERGE_FROM = 8  # segments of about the same size
 _SIZE_BITS = 3  # sizes within a factor of 8 are about the same
 _MERGE_AT_ONCE = 512  # segments that one merge reads
-_LARGE_ENTRIES = manifest.MAX_ENTRIES // 2  # a segment of so many entries is not merged again
+_LARGE_ENTRIES = manifest.MAX_ENTRIES // 2  # a segment of so many entries, or bytes, is merged only when stale
+_LARGE_BYTES = manifest.FULL_BYTES // 2
+_LOOKED_AT = 8  # large segments of which each poll counts the entries that still count
+_FORGET_SECONDS = 3600.0  # between two searches for removals to forget
+_READ_TRIES = 3  # of listing and reading all segments, while other machines merge them
+
+
+class _Segment(NamedTuple):
+    """A segment that was read or written."""
+
+    entries: list[Entry]
+    large: bool
+
+    @classmethod
+    def of(cls, entries: list[Entry]) -> _Segment:
+        n_bytes = sum(map(manifest.raw_bytes, entries))
+        return cls(entries, len(entries) >= _LARGE_ENTRIES or n_bytes >= _LARGE_BYTES)
 
 
 class ManifestLog:
@@ -66,16 +83,39 @@ class ManifestLog:
     ) -> None:
         self._store, self._codec, self._blocks, self._threads = store, codec, blocks, threads
         self._count, self._on_replaced = count, on_replaced
-        self._lock = threading.Lock()  # guards the next three
+        self._lock = threading.Lock()  # guards what is below
         self._waiting: list[Entry] = []
         self._waiting_since = 0.0  # by time.monotonic()
-        self._known: dict[str, list[Entry] | None] = {}  # segments that were read; small ones with their entries
+        self._known: dict[str, _Segment] = {}
+        self._listed: set[str] = set()  # of the last listing
+        self._is_cut_off = False  # whether the last listing reached its limit
+        self._stale: set[str] = set()  # large segments of which at most half of the entries count
+        self._forget_at = time.monotonic() + _FORGET_SECONDS
         self._refused: set[str] = set()
         self._foreign: set[str] = set()  # segments that are signed or encrypted with keys that this machine lacks
         self._writer = secrets.token_hex(8)
         self._number = 0
         self.n_due = self.n_writers = 0
         self.key_problem: str | None = None
+
+    @property
+    def unread_problem(self) -> str | None:
+        """Why segments of the last listing were not read, which may list any object; None if all were."""
+        with self._lock:
+            if self._is_cut_off:
+                return f"there are more than {_MOST_LISTED} manifests"
+            unread = sorted(self._listed - self._known.keys())
+        if not unread:
+            return None
+        rest = f" and {len(unread) - 1} more manifests" if len(unread) > 1 else ""
+        return f"{unread[0]}{rest} could not be read"
+
+    def read_all(self) -> None:
+        """Read all segments, those included that other machines merge meanwhile."""
+        for _ in range(_READ_TRIES):
+            self.read_new()
+            if self.unread_problem is None:
+                return
 
     @property
     def has_waiting(self) -> bool:
@@ -86,11 +126,6 @@ class ManifestLog:
     def n_segments(self) -> int:
         """The number of segments that were read, or written."""
         return len(self._known)
-
-    @property
-    def has_foreign(self) -> bool:
-        """Whether there are segments of machines with other keys, which may list any object."""
-        return bool(self._foreign)
 
     # --- writing --------------------------------------------------------------------------------------
 
@@ -121,9 +156,10 @@ class ManifestLog:
                 entries = self._waiting[: manifest.MAX_ENTRIES]
             if not entries:
                 return
-            self._write([entry for entry in entries if self._blocks.counts(entry)])
-            with self._lock:
-                del self._waiting[: len(entries)]
+            for part in manifest.split(entries):
+                self._write([entry for entry in part if self._blocks.counts(entry)])
+                with self._lock:
+                    del self._waiting[: len(part)]
 
     def _write(self, entries: Sequence[Entry]) -> None:
         """Write one segment."""
@@ -133,7 +169,7 @@ class ManifestLog:
         name = str(SegmentName(self._writer, self._number, len(entries), self._codec.key_id))
         self._store.put(name, manifest.encode(entries, self._codec))
         with self._lock:
-            self._known[name] = list(entries) if len(entries) < _LARGE_ENTRIES else None
+            self._known[name] = _Segment.of(list(entries))
 
     # --- reading --------------------------------------------------------------------------------------
 
@@ -162,19 +198,32 @@ class ManifestLog:
 
     def _list_new(self) -> list[SegmentName]:
         """Return the names of the segments that were not read yet, large ones first."""
-        listed = {each.name for each in islice(self._store.list(manifest.PREFIX), _MOST_LISTED)}
+        listed = {each.name for each in islice(self._store.list(manifest.PREFIX), _MOST_LISTED + 1)}
+        is_cut_off = len(listed) > _MOST_LISTED
         every = [name for text in listed if (name := manifest.parse_name(text)) is not None]
         parsed = [name for name in every if self._codec.has_key(name.key_id)]
         self._note_foreign([name for name in every if not self._codec.has_key(name.key_id)], bool(parsed))
-        small = [name for name in parsed if name.n_entries < _LARGE_ENTRIES]
-        self.n_due, self.n_writers = len(_due(small)), len({name.writer for name in small})
         with self._lock:
+            self._listed, self._is_cut_off = listed, is_cut_off
             for text in self._known.keys() - listed:  # merged into others
                 del self._known[text]
+            large = {text for text, segment in self._known.items() if segment.large}
             self._refused &= listed
             self._foreign &= listed
             new = [name for name in parsed if str(name) not in self._known and str(name) not in self._refused]
+        self._look_for_stale(_random.sample(sorted(large), min(len(large), _LOOKED_AT)))
+        small = [name for name in parsed if name.n_entries < _LARGE_ENTRIES and str(name) not in large]
+        self.n_due, self.n_writers = len(_due(small)) + len(self._stale), len({name.writer for name in small})
         return sorted(new, key=lambda name: name.n_entries, reverse=True)
+
+    def _look_for_stale(self, names: Iterable[str]) -> None:
+        """Find the large segments of which at most half of the entries still count."""
+        with self._lock:
+            self._stale &= self._known.keys()
+            segments = [(name, self._known[name].entries) for name in names if name in self._known]
+        for name, entries in segments:
+            if 2 * sum(map(self._blocks.counts, entries)) <= len(entries):
+                self._stale.add(name)
 
     def _note_foreign(self, names: Sequence[SegmentName], has_others: bool) -> None:
         """Count the segments that this machine has no key for. They stay where they are, and are not read."""
@@ -210,7 +259,7 @@ class ManifestLog:
             self._count("remote_unknown_keys", 1)
         self._on_replaced(self._blocks.merge(entries))
         with self._lock:
-            self._known[name] = entries if len(entries) < _LARGE_ENTRIES else None
+            self._known[name] = _Segment.of(self._blocks.shared(entries))
 
     # --- merging --------------------------------------------------------------------------------------
 
@@ -223,26 +272,55 @@ class ManifestLog:
         return _random.random() < wanted / max(self.n_writers, 1)
 
     def merge(self, *, always: bool = False) -> None:
-        """Merge small segments into larger ones. Reads those that were not read yet first.
+        """Merge small segments into larger ones, and write stale ones anew. Reads those not read yet first.
 
         Args:
-            always: merge all of them, however few there are.
+            always: merge all small segments, however few there are.
         """
         self.read_new(most=None if always else _MERGE_AT_ONCE)
         with self._lock:
-            small = {name: entries for name, entries in self._known.items() if entries is not None}
-        parsed = [name for text in small if (name := manifest.parse_name(text)) is not None]
-        due = parsed if always else _due(parsed)
+            known = dict(self._known)
+        if always:
+            self._look_for_stale([name for name, segment in known.items() if segment.large])
+        parsed = [name for text in known if (name := manifest.parse_name(text)) is not None]
+        small = [name for name in parsed if not known[str(name)].large]
+        due = [*(small if always else _due(small)), *(name for name in parsed if str(name) in self._stale)]
         merged = [str(name) for name in sorted(due, key=lambda name: name.n_entries)[:_MERGE_AT_ONCE]]
-        if len(merged) < 2:
+        if len(merged) < 2 and not self._stale.intersection(merged):
             return
-        entries = _newest(entry for name in merged for entry in small[name] if self._blocks.counts(entry))
-        for at in range(0, len(entries), manifest.MAX_ENTRIES):
-            self._write(entries[at : at + manifest.MAX_ENTRIES])
+        forgotten = self._forget_removals(merged)
+        every = (entry for name in merged for entry in known[name].entries if entry.key not in forgotten)
+        for part in manifest.split(_newest(entry for entry in every if self._blocks.counts(entry))):
+            self._write(part)
         self._store.delete(merged)  # only now: until then, a machine that starts reads these
         with self._lock:
+            self._listed.difference_update(merged)
+            self._stale.difference_update(merged)
             for text in merged:
                 self._known.pop(text, None)
+
+    def forget_removals(self) -> None:
+        """Forget old removals that no longer matter. Does so rarely, because it looks at all entries."""
+        if time.monotonic() >= self._forget_at:
+            self._forget_at = time.monotonic() + _FORGET_SECONDS
+            self._forget_removals(())
+
+    def _forget_removals(self, merged: Collection[str]) -> set[bytes]:
+        """Forget old removals of blocks that no segment lists. Their entries must go, too. Returns their keys.
+
+        Args:
+            merged: segments that are about to be removed.
+        """
+        if self.unread_problem is not None:
+            return set()  # what was not read may list any block
+        keys = self._blocks.old_removals()
+        if keys:
+            with self._lock:
+                others = [segment.entries for name, segment in self._known.items() if name not in merged]
+            for entries in others:
+                keys.difference_update(entry.key for entry in entries if entry.event is Event.STORED)
+        self._blocks.forget_removals(keys)
+        return keys
 
 
 def _due(small: Iterable[SegmentName]) -> list[SegmentName]:

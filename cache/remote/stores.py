@@ -40,6 +40,9 @@ class ObjectStore(Protocol):
     answer in time.
     """
 
+    def create(self) -> None:
+        """Create the store if it does not exist. Has no effect once it did, so that one that is gone stays gone."""
+
     def get(self, name: str, limit: int, on_response: Callable[[], None] = do_nothing) -> memoryview:
         """Return the content of an object.
 

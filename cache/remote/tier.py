@@ -39,6 +39,7 @@ from erllama.errors import (
     CacheError,
     CacheFormatError,
     CacheKeyError,
+    CacheVersionError,
     RemoteError,
     RemoteUnreachable,
     SignatureRefused,
@@ -115,7 +116,9 @@ class RemoteTier(Tier):
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
         self._own: set[str] = set()  # names of the objects that this machine stored
-        self._refused: dict[str, bool] = {}  # objects whose signature was refused, and whether their key is unknown
+        # Objects that were refused, and whether others may be able to use them.
+        self._refused: dict[str, bool] = {}
+        self._gone: set[str] = set()  # objects that are missing though a manifest lists them
         self._on_change: Callable[[], None] = do_nothing
         self._is_open = False
         self._turn_lock = threading.Lock()  # one thread at a time reads and writes manifests
@@ -129,7 +132,13 @@ class RemoteTier(Tier):
             self._store, self._codec, self._blocks, self._readers, self._count, self._on_replaced
         )
         self._uploads = Uploads(
-            self._store, self._codec, self._breaker, self._upload_bytes, self._on_stored, self._on_lost
+            self._store,
+            self._codec,
+            self._breaker,
+            self._upload_bytes,
+            self._on_stored,
+            self._on_lost,
+            self._wake,
         )
 
     # --- state ---------------------------------------------------------------------------------------
@@ -154,6 +163,17 @@ class RemoteTier(Tier):
     def serves(self) -> bool:
         """Whether requests may wait for reads now: the last call of the service succeeded."""
         return self._is_open and self._breaker.closed
+
+    @property
+    def unlisted(self) -> str | None:
+        if (problem := self.unread_problem) is not None:
+            return problem
+        return "other machines have blocks that this one cannot use" if self._blocks.has_hidden else None
+
+    @property
+    def unread_problem(self) -> str | None:
+        """Why manifests were not read, which may list any object; None if all were."""
+        return self._log.unread_problem
 
     def counts(self) -> Mapping[str, int]:
         with self._counts_lock:
@@ -232,11 +252,15 @@ class RemoteTier(Tier):
             )
         version, key_id = version_of(block, payload), self._codec.key_id
         name = self._codec.name(block, version, key_id)
-        entry, older = self._blocks.store(block, self.size(block, payload.nbytes), version, name, key_id)
-        if older is not None and older.object_name != name:
-            self._uploads.delete([older.object_name])
+        entry = self._blocks.new_entry(block, self.size(block, payload.nbytes), version, name, key_id)
         self._own.add(name)
+        self._gone.discard(name)
+        # Before the block is listed: a read finds it here, or as an object.
         self._uploads.add(entry, payload, replace=self._refused.pop(name, None) is not None)
+        replaced = self._blocks.store(entry)
+        newest = self._blocks.get(block.key)
+        if replaced is not None and (newest is None or replaced.object_name != newest.object_name):
+            self._delete(replaced)
         busy_tiers.add(self)
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
@@ -283,7 +307,10 @@ class RemoteTier(Tier):
             self._wake()
             raise
         except FileNotFoundError:
-            self._breaker.record_success()  # another machine has removed it
+            self._breaker.record_success()
+            if self._blocks.get(block.key) is not entry:
+                return self.read_now(block, on_response)  # another version has replaced it meanwhile
+            self._gone.add(entry.object_name)  # another machine has removed it
             raise
         self._breaker.record_success()
         self._cost.record(content.nbytes, time.monotonic() - began)
@@ -296,6 +323,9 @@ class RemoteTier(Tier):
         except SignatureRefused as error:
             self._refused[entry.object_name] = error.unknown_key
             self._count("remote_signatures_refused")
+            raise
+        except CacheVersionError:
+            self._refused[entry.object_name] = True
             raise
         fields = ("key", "parent", "namespace", "start", "tokens")
         if any(getattr(found, name) != getattr(block, name) for name in fields):
@@ -311,16 +341,24 @@ class RemoteTier(Tier):
 
     def remove(self, keys: Sequence[bytes]) -> None:
         for key in keys:
-            found = self._blocks.remove(key)
+            entry = self._blocks.get(key)
+            found = self._blocks.remove(key, gone=entry is not None and entry.object_name in self._gone)
             if found is not None and not self.read_only:
-                removal, older = found
-                self._log.append(removal)
-                self._uploads.delete([older.object_name])
+                self._log.append(found[0])
+                self._delete(found[1])
+
+    def _delete(self, entry: Entry) -> None:
+        """Delete the object of a block that no longer counts."""
+        name = entry.object_name
+        self._uploads.delete([name])
+        self._own.discard(name)
+        self._gone.discard(name)
+        self._refused.pop(name, None)
 
     def quarantine(self, block: Block) -> None:
         entry = self._blocks.get(block.key)
         if entry is not None and self._refused.get(entry.object_name):
-            self._blocks.remove(block.key)  # of another fleet, or this key file lacks its key: left where it is
+            self._blocks.hide(block.key)  # its key is unknown, or a newer release wrote it: left where it is
         else:
             self.remove([block.key])
 
@@ -384,7 +422,7 @@ class RemoteTier(Tier):
     def read_all(self) -> None:
         """Read the manifests to the end, however long that takes."""
         with self._turn_lock:
-            self._log.read_new()
+            self._log.read_all()
 
     def repair(self) -> None:
         if not self.read_only and self._is_open:
@@ -393,7 +431,7 @@ class RemoteTier(Tier):
     def collect_garbage(self) -> int:
         """Read all manifests, merge them, and remove objects older than a day that none of them lists.
 
-        If there are manifests that this machine has no key for, no object is removed: they may list it.
+        If manifests were not read, no object is removed, because they may list it. `unread_problem` says why.
 
         Returns:
             the number of removed objects.
@@ -402,8 +440,9 @@ class RemoteTier(Tier):
         self.read_all()
         with self._turn_lock:
             self._log.merge(always=True)
-        if self._log.has_foreign:
-            log.warning("%s has manifests of machines with other keys; no object is removed", self._location)
+            problem = self.unread_problem
+        if problem is not None:
+            log.warning("%s: %s; no object is removed", self._location, problem)
             return 0
         before, known = time.time() - _ORPHAN_SECONDS, self._blocks.names()
         names = [
@@ -430,6 +469,7 @@ class RemoteTier(Tier):
     def _on_lost(self, entry: Entry, error: Exception) -> None:
         log.info("a block could not be uploaded to %s: %s", self._location, error)
         self._count("remote_uploads_lost")
+        self._own.discard(entry.object_name)
         if self._blocks.lose(entry):
             self._on_change()
 
@@ -444,7 +484,7 @@ class RemoteTier(Tier):
         probe = self._breaker.seconds_to_probe()
         if probe is not None and probe > 0:
             return probe
-        now = time.monotonic()
+        now, called = time.monotonic(), False
         try:
             with self._turn_lock:
                 if poller is not self._poller:
@@ -452,10 +492,14 @@ class RemoteTier(Tier):
                 publish = self._log.seconds_to_publish(self._publish_delay)
                 if publish == 0.0 and not self.read_only and probe is None:
                     self._log.publish()
+                    called = True
+                if not poller.polled.is_set() and not self.read_only:
+                    self._store.create()
                 if not poller.polled.is_set() or probe is not None:
                     self._check_access()
                 if now >= poller.next_poll or probe is not None:
                     self._poll(poller, now)
+                    called = True
         except Exception as error:
             if not isinstance(error, RemoteError | CacheKeyError):
                 log.exception("reading the manifests of %s failed unexpectedly", self._location)
@@ -463,9 +507,9 @@ class RemoteTier(Tier):
             poller.report(error)
             self._breaker.record_failure(error)
             return self._breaker.seconds_to_probe() or 0.0
-        self._breaker.record_success()
-        if probe is not None:
-            self._uploads.resume()
+        if called:
+            self._breaker.record_success()
+        self._uploads.resume()
         if self._blocks.has_changes:
             self._on_change()
         busy_tiers.discard(self)
@@ -512,7 +556,7 @@ class RemoteTier(Tier):
 
     def _expire(self) -> None:
         """Remove blocks that were not used for their lifetime. Machines do so at different times."""
-        self._blocks.expire_removals()
+        self._log.forget_removals()
         if self._lifetime is None:
             return
         before = time.time() - self._lifetime * _random.uniform(1.0, 1.1)
@@ -522,7 +566,7 @@ class RemoteTier(Tier):
             if found is not None:
                 self._count("remote_expired")
                 self._log.append(found[0])
-                self._uploads.delete([found[1].object_name])
+                self._delete(found[1])
                 self._blocks.mark_changed(key)
 
 

@@ -24,6 +24,9 @@ from erllama.errors import CacheError, RemoteError, RemoteUnreachable
 log = logger("erllama.cache")
 
 _THREADS = 2
+# Between two tries of an operation that fails although the service answers others. The first retry is at once.
+_FIRST_RETRY_SECONDS = 0.25
+_LONGEST_RETRY_SECONDS = 30.0
 _MOST_WAITING = 100_000  # operations, while the service does not answer; a deletion beyond them is left to `gc`
 
 
@@ -38,10 +41,12 @@ class _Operation:
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """The operation on one object, and whether a thread works on the object."""
+    """The operation on one object, whether a thread works on the object, and when to try again."""
 
     wanted: _Operation
     running: bool = False
+    n_failures: int = 0
+    retry_at: float = 0.0  # by time.monotonic()
 
 
 class Uploads:
@@ -51,6 +56,7 @@ class Uploads:
         limit_bytes: maximum bytes of payloads that may wait.
         on_stored: called with the entry of each block that was uploaded.
         on_lost: called with the entry of each block that could not be uploaded.
+        on_failure: called when the service failed. `resume` must be called once it answers.
     """
 
     def __init__(
@@ -61,10 +67,11 @@ class Uploads:
         limit_bytes: int,
         on_stored: Callable[[Entry], None],
         on_lost: Callable[[Entry, Exception], None],
+        on_failure: Callable[[], None],
     ) -> None:
         self._store, self._codec, self._breaker = store, codec, breaker
         self._limit_bytes = limit_bytes
-        self._on_stored, self._on_lost = on_stored, on_lost
+        self._on_stored, self._on_lost, self._on_failure = on_stored, on_lost, on_failure
         self._threads = DaemonThreads(_THREADS, "erllama-remote-writer")
         self._condition = threading.Condition()
         self._jobs: dict[str, _Job] = {}  # by the name of the object
@@ -117,12 +124,15 @@ class Uploads:
 
     def _start(self, name: str, job: _Job) -> None:
         """Let a thread work on an object, unless one does or the service does not answer. Called with the lock."""
-        if not job.running and not self._breaker.open and not self.abandoned:
-            job.running = True
-            self._threads.submit(partial(self._work, name))
+        if job.running or self._breaker.open or self.abandoned or time.monotonic() < job.retry_at:
+            return
+        job.running = True
+        begun = self._threads.submit(partial(self._work, name))
+        if begun.done() and begun.exception() is not None:
+            job.running = False  # no thread could start; `resume` tries again
 
     def resume(self) -> None:
-        """Start the operations that wait, after the service has failed."""
+        """Start the operations that wait, because they have failed or no thread could start."""
         with self._condition:
             for name, job in self._jobs.items():
                 self._start(name, job)
@@ -164,7 +174,10 @@ class Uploads:
                     continue
                 if isinstance(error, RemoteUnreachable):
                     job.running = False  # `resume` starts it again
-                    return
+                    job.n_failures += 1
+                    delay = min(_FIRST_RETRY_SECONDS * 2 ** min(job.n_failures, 10), _LONGEST_RETRY_SECONDS)
+                    job.retry_at = time.monotonic() + (delay if job.n_failures > 1 else 0.0)
+                    break
                 del self._jobs[name]
                 self._n_bytes -= _n_bytes(operation)
                 # Before the lock is released: a block is either here or in the manifests to be.
@@ -174,6 +187,7 @@ class Uploads:
                     self._on_lost(operation.entry, error)
                 self._condition.notify_all()
             return
+        self._on_failure()
 
     def _try(self, name: str, operation: _Operation) -> Exception | None:
         """Do one operation. Returns the error if it fails."""

@@ -91,6 +91,11 @@ class Tier(ABC):
         """Why a tier that is open does not serve now; None if it does. It recovers by itself."""
         return None
 
+    @property
+    def unlisted(self) -> str | None:
+        """Why there may be blocks that `rows` does not return, and that others follow; None if it returns all."""
+        return None
+
     def counts(self) -> Mapping[str, int]:
         """Return counts of the tier's own, by their names in `Cache.counters`."""
         return {}

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sqlite3
+import struct
 import time
 from contextlib import closing
 from pathlib import Path
@@ -149,6 +150,20 @@ def test_damaged_and_missing_files_do_not_stop_a_rotation(tmp_path: Path, keys: 
     with open_cache(root, keys.new) as cache:
         assert cache.disk_error is None
         assert cache.verify() == []
+
+
+def test_a_rotation_keeps_blocks_of_a_newer_release(tmp_path: Path, keys: Keys) -> None:
+    root = tmp_path / "cache"
+    fill(root, keys.old)
+    path, *others = sorted((root / "blocks").iterdir())
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<I", content, 8, 99)  # the version
+    path.write_bytes(content)
+    with pytest.raises(CacheError, match="newer release"):
+        rotate_keys(root, keys.both)
+    assert path.read_bytes() == content
+    with open_cache(root, keys.both) as cache:
+        assert len(cache.rows()) == len(others) + 1, "the others are encrypted again"
 
 
 def test_a_bad_sector_does_not_stop_a_rotation(tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:

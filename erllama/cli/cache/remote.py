@@ -139,14 +139,17 @@ def verify(address: str, signing_key_file: Path | None, key_file: Path | None, a
 def gc(address: str, signing_key_file: Path | None, key_file: Path | None, as_json: bool) -> None:
     """Merge the manifests, and remove objects older than a day that none of them lists.
 
-    If there are manifests that the key files have no key for, no object is removed.
+    If manifests cannot be read, such as those of other keys, no object is removed, because they may list it.
     """
     with _opened(address, signing_key_file, key_file, read_only=False) as tier:
         before = tier.n_manifests
         n_removed = tier.collect_garbage()
-        after = tier.n_manifests
+        after, problem = tier.n_manifests, tier.unread_problem
     if as_json:
-        print_json({"removed": n_removed, "manifests_before": before, "manifests_after": after})
+        manifests = {"manifests_before": before, "manifests_after": after}
+        print_json({"removed": n_removed, **manifests, "problem": problem})
     else:
         removed = format_count(n_removed, "object")
         echo(f"{one_line(address)}: {removed} removed, {before} manifests merged into {after}")
+        if problem is not None:
+            echo(one_line(f"{problem}, so no object was removed"))
