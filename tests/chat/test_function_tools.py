@@ -176,7 +176,9 @@ def test_a_streamed_run_yields_the_events_and_the_results() -> None:
         with model.stream_run_tools([user("time?")], [get_time]) as stream:
             next(stream)
             stream.cancel()
-            assert stream.result().reply.finish_reason == "cancelled"
+            # The model may have ended its reply before. No function runs in either case.
+            assert stream.result().reply.finish_reason in ("cancelled", "tool_calls")
+            assert not stream.result().results
         assert stream.result().results == ()
 
 

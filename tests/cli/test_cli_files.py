@@ -111,7 +111,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 def test_a_saved_conversation_holds_every_character(run: Command, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     found = run("chat", model, *ONE, stdin=f"é \x1b 日本\n/save a\0b\n/save '{file}'\n/load '{file}'\n")
-    assert "/save FILE: pass one file" in found.err
+    assert "/save NAME: pass one name, or one file" in found.err
     assert "2 messages loaded" in found.err
     assert json.loads(file.read_text())[0]["content"] == "é \x1b 日本"
 
