@@ -54,6 +54,7 @@ _random = random.SystemRandom()  # apart from the generator that a program may h
 REQUEST_SECONDS = 30.0  # of one request to the service: a block has some megabytes
 _READ_SECONDS = 10.0  # that a caller of `read` waits
 _START_SECONDS = 5.0  # that opening waits for the manifests; the rest is read in the background
+_RETRY_SECONDS = 0.1  # between two attempts to write a manifest while the caller waits
 _CLOSE_SECONDS = 60.0  # that closing waits for uploads
 _POLL_SECONDS = 60.0  # between two listings of the manifests: each costs a request, on each machine
 _PUBLISH_SECONDS = 5.0  # that a stored block may be unknown to other machines
@@ -225,12 +226,21 @@ class RemoteTier(Tier):
         if not self._turn_lock.acquire(timeout=max(deadline - time.monotonic(), 0.001)):
             return False
         try:
+            # Again after a lost request: blocks in no manifest would be lost to other machines.
+            while not self._try_to_publish():
+                if self._breaker.open or time.monotonic() >= deadline:
+                    return False
+                time.sleep(_RETRY_SECONDS)
+        finally:
+            self._turn_lock.release()
+        return True
+
+    def _try_to_publish(self) -> bool:
+        try:
             self._log.publish()
         except RemoteError as error:
             self._breaker.record_failure(error)
             return False
-        finally:
-            self._turn_lock.release()
         return True
 
     # --- reading and writing -----------------------------------------------------------------------------

@@ -115,9 +115,15 @@ def model_path(model: str | Path, directories: Iterable[str | Path] = (), *, bas
         path = (base or Path()) / Path(model).expanduser()
     except RuntimeError as error:
         raise OptionError(f"path={shown(model)}: {error}") from None
-    if isinstance(model, Path) or is_path(model) or _is_file(path):
+    if isinstance(model, Path) or is_path(model) or _is(path, Path.is_file):
         return path
-    return find_model(model, directories).path
+    try:
+        return find_model(model, directories).path
+    except ModelNameError as error:
+        if not _is(path, Path.is_dir):
+            raise
+        message = f"{shown(model)} is a directory, and no model on this machine has this name"
+        raise ModelNameError(f"{message}; pass the path of a file", candidates=error.candidates) from None
 
 
 def is_path(text: str) -> bool:
@@ -125,9 +131,10 @@ def is_path(text: str) -> bool:
     return text.startswith(_PATH_MARKS) or text.lower().endswith(".gguf") or "\0" in text
 
 
-def _is_file(path: Path) -> bool:
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
+    """Return whether a path is a file, or a directory."""
     try:
-        return path.is_file()
+        return kind(path)
     except (OSError, ValueError):  # a text that cannot be a path, such as a very long one
         return False
 

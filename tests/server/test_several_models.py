@@ -97,9 +97,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_replying_model(directory / f"{name}.gguf", text) for name, text in REPLIES.items()}
 
 
-def room_for(n: int, path: Path) -> int:
+def room_for(n: int, path: Path, options: dict[str, int] = OPTIONS) -> int:
     """Return a memory limit for n models, but not for one more."""
-    return round((n + 0.5) * estimate_memory(path, OPTIONS).total)
+    return round((n + 0.5) * estimate_memory(path, options).total)
 
 
 @contextmanager
@@ -267,10 +267,10 @@ def test_ollamas_keep_alive_keeps_and_unloads_a_model(client: httpx.Client) -> N
 
 def test_a_stream_holds_its_model_until_its_end(files: dict[str, Path], tmp_path: Path) -> None:
     endless = write_replying_model(tmp_path / "endless.gguf", "xyz", for_ever=True)
-    options = {**OPTIONS, "n_ctx": 1024}
+    options = {**OPTIONS, "n_ctx": 16384}  # the reply must last until the other request waits
     entries = [ModelEntry(path=path, load="request", options=options) for path in (endless, files["one"])]
     with erllama.Cache() as cache:
-        pool = ModelPool(entries, cache=cache, memory_limit=room_for(1, endless), memory_wait=60.0)
+        pool = ModelPool(entries, cache=cache, memory_limit=room_for(1, endless, options), memory_wait=60.0)
         with running(pool) as server, ThreadPoolExecutor(1) as threads:
             with httpx.stream(
                 "POST",
@@ -282,7 +282,7 @@ def test_a_stream_holds_its_model_until_its_end(files: dict[str, Path], tmp_path
                 next(lines)
                 waiting = threads.submit(server.post, chat_body(model="one"))
                 wait_until(lambda: pool.models[0].unload_reason == "memory")
-                for _ in range(100):
+                for _ in range(20):
                     next(lines)
                 assert pool.models[0].state == "loaded"
                 assert not waiting.done()
